@@ -1,0 +1,112 @@
+"""Settings of the whole test tree: no network, one thread, reference numbers through TBPS_GOLDEN.
+
+`TBPS_GOLDEN` names the folder `golden/<package>/<case>/`. Without it the parity tests skip and say so; with it a skipped
+parity test fails the run, so that a renamed folder cannot pass unseen.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+GOLDEN_VARIABLE = "TBPS_GOLDEN"
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One folder of reference numbers: `case.json`, and safetensors files where the case has them."""
+
+    folder: Path
+
+    @cached_property
+    def case(self) -> dict[str, Any]:
+        return json.loads((self.folder / "case.json").read_text(encoding="utf-8"))
+
+    def tensors(self, name: str = "tensors.safetensors") -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / name)
+
+
+def golden_root() -> Path | None:
+    value = os.environ.get(GOLDEN_VARIABLE)
+    return Path(value) if value else None
+
+
+def golden_names(package: str) -> list[str]:
+    """Names of the stored cases of a package, for parametrisation (one placeholder without TBPS_GOLDEN)."""
+    root = golden_root()
+    if root is None or not (root / package).is_dir():
+        return ["golden-folder-absent"]
+    return sorted(case.parent.name for case in (root / package).glob("*/case.json"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `golden(package, kind=...)` with an argument `golden_name` runs once per stored case of that kind."""
+    marker = metafunc.definition.get_closest_marker("golden")
+    if marker is None or "golden_name" not in metafunc.fixturenames:
+        return
+    package, kind = marker.args[0], marker.kwargs.get("kind")
+    root = golden_root()
+    names = golden_names(package)
+    if root is not None and kind is not None:
+        kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+        names = [name for name in names if (root / package / name / "case.json").is_file()]
+        names = [name for name in names if GoldenCase(root / package / name).case["kind"] in kinds]
+    metafunc.parametrize("golden_name", names or ["golden-folder-absent"])
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], GoldenCase]:
+    """`golden(name)`: the case of that name of the package given in the test's `golden(package)` marker."""
+    marker = request.node.get_closest_marker("golden")
+    assert marker is not None and marker.args, "mark the test with @pytest.mark.golden('<package>')"
+
+    def find(name: str) -> GoldenCase:
+        root = golden_root()
+        if root is None:
+            pytest.skip(f"{GOLDEN_VARIABLE} is not set: reference numbers are not part of the repository")
+        folder = root / marker.args[0] / name
+        if not (folder / "case.json").is_file():
+            pytest.fail(f"{GOLDEN_VARIABLE} is set, but {folder} holds no case.json")
+        return GoldenCase(folder)
+
+    return find
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+    outcome = yield
+    report = outcome.get_result()
+    if golden_root() is not None and report.skipped and item.get_closest_marker("golden") is not None:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: a parity test was skipped although {GOLDEN_VARIABLE} is set"
+    if report.when == "call" and report.passed and item.get_closest_marker("golden") is not None:
+        item.config.stash[_PASSED].add(item.nodeid)
+
+
+_PASSED = pytest.StashKey[set[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_PASSED] = set()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"parity tests passed: {len(config.stash[_PASSED])}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,72 @@
+"""What every console command shares: one clear line for a user's mistake, and the right exit status."""
+
+import errno
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from tbps_common.errors import InputError
+
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+Main = Callable[[list[str]], int | None]
+
+
+def command(main: Main) -> Callable[..., int]:
+    """Turn `main(argv)` into an entry point `main(argv=None) -> exit status` that never shows a traceback by default.
+
+    * `InputError`: `error: <message>`, status 2 (as argparse does for unusable flags);
+    * `OSError` (full disk, read-only folder): `error: ...` naming the file, status 1;
+    * anything else: one line naming the exception, status 1.
+
+    The traceback is shown with `--debug` anywhere on the command line or `TBPS_DEBUG=1`, and for unexpected
+    exceptions also when several processes run (the launcher shows nothing else of a failed rank).
+    """
+
+    @functools.wraps(main)
+    def entry(argv: Sequence[str] | None = None) -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        debug = "--debug" in arguments or os.environ.get("TBPS_DEBUG", "") not in ("", "0")
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        try:
+            return main(arguments) or 0
+        except InputError as error:
+            return _report(error, EXIT_BAD_INPUT, debug)
+        except KeyboardInterrupt as error:
+            return _report(error, EXIT_INTERRUPTED, debug, "interrupted")
+        except BrokenPipeError:
+            # The reader of our output (`| head`) has gone; nothing is left to say, and Python would complain at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILURE
+        except OSError as error:
+            return _report(error, EXIT_FAILURE, debug, _os_error_sentence(error))
+        except Exception as error:
+            show = debug or int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+            first_line = (str(error).strip().splitlines() or ["no message"])[0]
+            sentence = f"{type(error).__name__}: {first_line} (run again with --debug for the traceback)"
+            return _report(error, EXIT_FAILURE, show, sentence)
+
+    return entry
+
+
+def _report(error: BaseException, status: int, show_traceback: bool, sentence: str | None = None) -> int:
+    if show_traceback:
+        traceback.print_exception(error)
+    print(f"error: {sentence if sentence is not None else error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _os_error_sentence(error: OSError) -> str:
+    reason = error.strerror or type(error).__name__
+    where = f" ({error.filename})" if error.filename else ""
+    remedy = {
+        errno.ENOSPC: "; free some space and run the command again",
+        errno.EFBIG: "; the file-size limit is reached: raise it (ulimit -f) and run the command again",
+        errno.EROFS: "; choose an output folder that can be written",
+        errno.EACCES: "; check the permissions of that path",
+    }.get(error.errno or 0, "")
+    return f"{reason}{where}{remedy}"
