@@ -1,0 +1,28 @@
+"""Paths and facts about the whole repository for the workspace tests."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def packages(root: Path) -> dict[str, Path]:
+    """Import name -> source folder of every workspace member."""
+    return {path.name: path / "src" / path.name for path in sorted((root / "packages").iterdir()) if path.is_dir()}
+
+
+@pytest.fixture(scope="session")
+def tracked_files(root: Path) -> list[Path]:
+    """Files git tracks; outside a checkout (a source archive) the tests that need them skip."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [root / name for name in listing.stdout.split("\0") if name and (root / name).is_file()]
