@@ -1,5 +1,6 @@
 """Files that are either whole or not there: write beside the target, flush to disk, then rename."""
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -21,16 +22,43 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = target.with_name(f".{target.stem}.tmp{os.getpid()}{target.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # A failing write names no file by itself, and its reader wants to know which one is missing.
+        error.filename = error.filename or str(target)
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _flush_folder(target.parent)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete temporary files of the same target whose writer was killed: a checkpoint's would fill the disk."""
+    prefix = f".{target.stem}.tmp"
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*{glob.escape(target.suffix)}"):
+        writer = leftover.name[len(prefix) : len(leftover.name) - len(target.suffix)]
+        if writer.isdigit() and not _is_running(int(writer)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # there os.kill would not ask but interrupt
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
 
 
 def _flush_folder(folder: Path) -> None:

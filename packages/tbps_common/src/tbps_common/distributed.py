@@ -1,0 +1,120 @@
+"""One process or many: which of them this is, and the few collectives that training and evaluation share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tbps_common.errors import InputError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process among those that torchrun started (the default: the only one)."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Read torchrun's `RANK`, `WORLD_SIZE` and `LOCAL_RANK`.
+
+        Raises:
+            InputError: a variable is not a number, or they contradict each other.
+        """
+        world_size = _environment_number("WORLD_SIZE", 1)
+        rank = _environment_number("RANK", 0)
+        local_rank = _environment_number("LOCAL_RANK", 0)
+        if world_size < 1 or not 0 <= rank < world_size or local_rank < 0:
+            raise InputError(
+                f"RANK={rank}, WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} contradict each other; "
+                "start several processes with torchrun, or unset these variables."
+            )
+        return cls(rank, world_size, local_rank)
+
+
+def _environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise InputError(f"Environment variable {name} is {text!r}, not a number; start with torchrun.") from None
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator[Ranks]:
+    """Join the processes started by torchrun for the length of the context; nothing to do for a single process.
+
+    Args:
+        device: `cuda` uses NCCL, one GPU per process (chosen by the local rank); anything else uses gloo.
+        timeout_minutes: how long a collective waits for a process that does not come, before the job fails.
+
+    Raises:
+        InputError: there are more processes on this machine than GPUs.
+    """
+    ranks = Ranks.from_environment()
+    if not ranks.distributed:
+        yield ranks
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if device.type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"Process {ranks.local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found); "
+                "lower --nproc-per-node of torchrun, or run on the CPU."
+            )
+        own = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", timeout=timeout, device_id=own)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield ranks
+    except BaseException:
+        # NCCL waits for the other processes when a group is destroyed, and they may sit in a collective that this
+        # process will never enter: leave at once, so that torchrun sees the failure and ends the others.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def barrier() -> None:
+    """Wait until every process is here; returns at once for a single process."""
+    if not _joined():
+        return
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+    else:
+        dist.barrier()
+
+
+def broadcast_object(value: Value) -> Value:
+    """Value of the main process, on every process. Every process must call it; the others' values are ignored."""
+    if not _joined():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]

@@ -1,0 +1,95 @@
+"""What a command prints and returns when something goes wrong."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from tbps_common.command import command
+from tbps_common.errors import CheckpointError, DatasetError, GalleryError, InputError
+
+
+def failing(error: BaseException):
+    @command
+    def entry(argv: list[str]) -> int:
+        raise error
+
+    return entry
+
+
+@pytest.mark.parametrize("kind", [InputError, DatasetError, CheckpointError, GalleryError])
+def test_a_users_mistake_is_one_line_and_status_2(kind: type[InputError], capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(kind("reid_raw.json is missing; check --root_dir"))([]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: reid_raw.json is missing; check --root_dir\n")
+
+
+def test_a_full_disk_names_the_file_and_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(OSError(errno.ENOSPC, "No space left on device", "run/last.pth"))([]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "run/last.pth" in err and "free some space" in err
+
+
+def test_an_unexpected_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(ZeroDivisionError("division by zero\nsecond line"))([]) == 1
+    err = capsys.readouterr().err
+    assert err == "error: ZeroDivisionError: division by zero (run again with --debug for the traceback)\n"
+
+
+def test_interruption_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(KeyboardInterrupt())([]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_debug_shows_the_traceback_and_is_not_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    @command
+    def entry(argv: list[str]) -> int:
+        seen.extend(argv)
+        raise InputError("wrong")
+
+    assert entry(["--seed", "1", "--debug"]) == 2
+    assert seen == ["--seed", "1"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_environment_asks_for_tracebacks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TBPS_DEBUG", "1")
+    failing(InputError("wrong"))([])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_one_of_several_processes_shows_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert failing(RuntimeError("boom"))([]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_success_is_status_0_and_statuses_pass_through() -> None:
+    assert command(lambda argv: None)([]) == 0
+    assert command(lambda argv: 3)([]) == 3
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    code = (
+        "import sys; from tbps_common.command import command\n"
+        "@command\n"
+        "def main(argv):\n"
+        "    for n in range(100_000): print('line', n)\n"
+        "sys.exit(main([]))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.readline()
+    child.stdout.close()
+    err = child.stderr.read()
+    child.stderr.close()
+    assert child.wait() == 1
+    assert err == ""
