@@ -1,0 +1,106 @@
+"""`tbps-data check | convert`.
+
+tbps-data check --dataset CUHK-PEDES --root_dir data
+tbps-data check --dataset MALS --root_dir data --images decode --workers 8 --json report.json
+tbps-data convert --dataset CUHK-PEDES --root_dir data --to finetune --out data/finetune --link_images images
+"""
+
+import argparse
+import logging
+import os
+
+from tbps_common.command import EXIT_FAILURE
+from tbps_common.errors import DatasetError
+
+RAW_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
+ALL_NAMES = (*RAW_NAMES, "finetune", "SDA", "SynCPR", "ITCPR", "ChatPedes", "MALS")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of `tbps-data`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-data",
+        description="Look at a data set before a long run, or convert raw annotations.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{check,convert}")
+
+    check = commands.add_parser(
+        "check",
+        help="sizes beside the published ones, missing and corrupt images, shared ids, long captions",
+        description="Exit status: 0 the data are usable, 1 they are not, 2 the annotations cannot be read. "
+        "A size that differs from the published one does not make data unusable.",
+        allow_abbrev=False,
+    )
+    check.add_argument("--dataset", required=True, choices=ALL_NAMES)
+    check.add_argument("--root_dir", required=True, metavar="DIR", help="folder that holds the data set's folder")
+    check.add_argument(
+        "--images",
+        choices=("none", "exist", "decode"),
+        default="exist",
+        help="do not look at image files, see that each exists, or decode each (default: exist)",
+    )
+    check.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads that look at images (default: processors)"
+    )
+    check.add_argument("--json", metavar="FILE", help="write the report there as well")
+
+    convert = commands.add_parser(
+        "convert",
+        help="make the processed fine-tuning files from a raw annotation tree",
+        description="Writes {cuhk,icfg,rstp}_{train,val,test}.json as the MRA package reads them.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("--dataset", required=True, choices=RAW_NAMES)
+    convert.add_argument("--root_dir", required=True, metavar="DIR", help="folder that holds the data set's folder")
+    convert.add_argument("--to", required=True, choices=("finetune",))
+    convert.add_argument("--out", required=True, metavar="DIR", help="folder of the files, for example data/finetune")
+    convert.add_argument(
+        "--link_images", metavar="DIR", help="also link the image folder below DIR, for example images"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `tbps-data`; returns the exit status.
+
+    Raises:
+        DatasetError: the data cannot be read.
+    """
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    return _check(arguments) if arguments.command == "check" else _convert(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tbps_common.datasets.check import check_dataset
+    from tbps_common.files import write_json
+
+    try:
+        report = check_dataset(arguments.dataset, arguments.root_dir, arguments.images, arguments.workers)
+    except DatasetError as error:
+        if arguments.json:
+            unread = {"dataset": arguments.dataset, "root_dir": arguments.root_dir, "usable": False}
+            write_json(arguments.json, {**unread, "problems": [str(error)]})
+        raise
+    print(report.as_text())
+    if arguments.json:
+        write_json(arguments.json, report.as_json())
+    return 0 if report.usable else EXIT_FAILURE
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from tbps_common.datasets.convert import convert_to_finetune, link_images
+
+    for path in convert_to_finetune(arguments.dataset, arguments.root_dir, arguments.out):
+        print(path)
+    if arguments.link_images:
+        link = link_images(arguments.dataset, arguments.root_dir, arguments.link_images)
+        print(f"{link} -> {os.path.realpath(link)}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)

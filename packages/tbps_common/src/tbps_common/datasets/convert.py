@@ -1,0 +1,111 @@
+"""Raw annotation trees to the processed fine-tuning files of MRA and APTM."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tbps_common.datasets.raw import DATASETS, RawDataset
+from tbps_common.errors import InputError
+from tbps_common.files import write_text
+
+logger = logging.getLogger("tbps_common.datasets")
+
+# Prefix of the files, and where MRA's configurations look for the images.
+FINETUNE_PREFIX = {"CUHK-PEDES": "cuhk", "ICFG-PEDES": "icfg", "RSTPReid": "rstp"}
+FINETUNE_IMAGES = {"CUHK-PEDES": "CUHK-PEDES/imgs", "ICFG-PEDES": "ICFG-PEDES", "RSTPReid": "RSTPReid"}
+FINETUNE_SPLITS = {
+    "CUHK-PEDES": ("train", "val", "test"),
+    "ICFG-PEDES": ("train", "test"),  # has no validation split
+    "RSTPReid": ("train", "val", "test"),
+}
+
+
+def convert_to_finetune(name: str, root: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[Path]:
+    """Write the fine-tuning files of one data set.
+
+    Training files hold one object per caption, evaluation files one per image with the list of captions; names and
+    person ids are those of the raw file, in its order.
+
+    Args:
+        name: key of `DATASETS`.
+        root: folder that holds the folder of the data set.
+        out: folder of the files, made if absent.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DatasetError: the raw data cannot be used.
+        OSError: a file cannot be written; each file is whole or not there.
+    """
+    dataset = DATASETS[name](root, verbose=False)
+    splits = {"train": _training(dataset), "val": _evaluation(dataset, "val"), "test": _evaluation(dataset, "test")}
+    if "val" not in FINETUNE_SPLITS[name] and splits["val"]:
+        logger.warning(
+            "%s: %d validation images are left out: %s has none as published", root, len(splits["val"]), name
+        )
+    written = []
+    for split in FINETUNE_SPLITS[name]:
+        path = Path(out, f"{FINETUNE_PREFIX[name]}_{split}.json")
+        write_text(path, one_record_per_line(splits[split]))
+        written.append(path)
+    return written
+
+
+def link_images(name: str, root: str | os.PathLike[str], images: str | os.PathLike[str]) -> Path:
+    """Make the image folder of a raw data set visible where MRA's configurations look for it.
+
+    A symbolic link where the file system knows them, else a copy.
+
+    Returns:
+        The link or folder, `<images>/CUHK-PEDES/imgs`, `<images>/ICFG-PEDES` or `<images>/RSTPReid`.
+
+    Raises:
+        InputError: something else is at that place.
+        OSError: the link or the copy cannot be made.
+    """
+    source = Path(root, name, "imgs").resolve()
+    link = Path(images, FINETUNE_IMAGES[name])
+    if link.exists() and link.resolve() == source:
+        return link
+    if link.is_symlink() or link.exists():
+        raise InputError(f"{link} exists and is not {source}; remove it, or choose another folder for --link_images.")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(source, target_is_directory=True)
+    except (OSError, NotImplementedError):
+        # Under another name until it is complete, so that a part is never taken for the whole.
+        part = link.with_name(f".{link.name}.tmp{os.getpid()}")
+        try:
+            shutil.copytree(source, part)
+            part.rename(link)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    return link
+
+
+def one_record_per_line(records: Iterable[dict[str, Any]]) -> str:
+    """A JSON list that can be read by eye and compared line by line."""
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+    return f"[\n{lines}\n]\n" if lines else "[]\n"
+
+
+def _training(dataset: RawDataset) -> list[dict[str, Any]]:
+    return [
+        {"image": record[dataset.path_key], "caption": caption, "image_id": int(record["id"])}
+        for record in dataset.train_annos
+        for caption in record["captions"]
+    ]
+
+
+def _evaluation(dataset: RawDataset, split: str) -> list[dict[str, Any]]:
+    records = dataset.val_annos if split == "val" else dataset.test_annos
+    return [
+        {"image": record[dataset.path_key], "caption": record["captions"], "image_id": int(record["id"])}
+        for record in records
+    ]

@@ -1,0 +1,279 @@
+"""Annotation files: strict JSON lists of objects, read record by record, each key checked where it is used."""
+
+import gc
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from tbps_common.datasets.folder import Folder
+from tbps_common.errors import DatasetError
+
+Files = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+Identity = int | str
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "a boolean"}
+_INT64 = range(-(2**63), 2**63)
+_ABSENT = object()
+_skip_space: Callable[[str, int], Any] = re.compile(r"[ \t\n\r]*").match
+
+
+class _NotStrictJSON(ValueError):
+    """Accepted by Python's parser, but not by the JSON standard or not without losing data."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotStrictJSON(f"{name} is not a JSON value")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _NotStrictJSON(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read one strict JSON file (UTF-8, with or without a byte order mark).
+
+    Raises:
+        DatasetError: the file is missing, is not UTF-8 or not JSON (NaN and doubled keys included); names the file,
+            line and column.
+    """
+    text = _read_text(path)
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad_json(path, text, error) from error
+
+
+def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
+    """Yield the objects of a JSON list one by one, so that a list of a million records is never held as a whole.
+
+    Raises:
+        DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
+    """
+    text = _read_text(path)
+    file = os.fspath(path)
+    number = 0
+    try:
+        position = _skip_space(text, 0).end()
+        if text[position] != "[":
+            value = _DECODER.decode(text)
+            raise DatasetError(f"{file} holds {_kind(value)} at the top; a list of objects is needed.")
+        position = _skip_space(text, position + 1).end()
+        more = text[position] != "]"
+        while more:
+            fields, position = _DECODER.raw_decode(text, position)
+            if type(fields) is not dict:
+                raise DatasetError(f"{file}: record {number} (counted from 0) is {_kind(fields)}, not an object.")
+            yield Record(fields, file, number)
+            number += 1
+            position = _skip_space(text, position).end()
+            more = text[position] == ","
+            if more:
+                position = _skip_space(text, position + 1).end()
+            elif text[position] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        position = _skip_space(text, position + 1).end()
+        if position != len(text):
+            raise json.JSONDecodeError("Extra data", text, position)
+    except IndexError as error:
+        cut = json.JSONDecodeError("Unexpected end of file", text, len(text))
+        raise _bad_json(path, text, cut, number) from error
+    except DatasetError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _bad_json(path, text, error, number) from error
+
+
+def as_list(files: Files) -> list[str]:
+    """One path or several, as a list of strings.
+
+    Raises:
+        DatasetError: no file is given.
+    """
+    paths = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else [os.fspath(file) for file in files]
+    if not paths:
+        raise DatasetError("No annotation file is given; name at least one JSON file.")
+    return paths
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Pause cyclic garbage collection: it would walk the million records read so far again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Record:
+    """One object of an annotation file; every read checks the type and names file, record and key if it is wrong."""
+
+    __slots__ = ("fields", "file", "number")
+
+    def __init__(self, fields: dict[str, Any], file: str, number: int) -> None:
+        self.fields = fields
+        self.file = file
+        self.number = number
+
+    def text(self, key: str) -> str:
+        """A string without lone surrogates (they can be neither tokenised nor written)."""
+        value = self.fields.get(key, _ABSENT)
+        if type(value) is not str:
+            self._wrong(key, value, "a string")
+        self.check_characters(key, value)
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        return None if self.fields.get(key) is None else self.text(key)
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings."""
+        value = self.sequence(key, "a list of strings")
+        for item in value:
+            if type(item) is not str:
+                self._wrong(key, value, "a list of strings", f"a list with {_kind(item)}")
+            self.check_characters(key, item)
+        return value
+
+    def sequence(self, key: str, wanted: str = "a list") -> list[Any]:
+        value = self.fields.get(key, _ABSENT)
+        if type(value) is not list:
+            self._wrong(key, value, wanted)
+        return value
+
+    def numbers(self, key: str) -> list[int | float]:
+        """A list of finite numbers."""
+        value = self.sequence(key, "a list of numbers")
+        if not _all_finite(value):
+            self._wrong(key, value, "a list of finite numbers", "another list")
+        return value
+
+    def boxes(self, key: str) -> list[list[float]]:
+        """A list of four-number lists."""
+        value = self.sequence(key, "a list of boxes")
+        for box in value:
+            if type(box) is not list or len(box) != 4 or not _all_finite(box):
+                self._wrong(
+                    key, value, "a list of [centre x, centre y, width, height] in finite numbers", "another list"
+                )
+        return value
+
+    def integer(self, key: str) -> int:
+        """An id that is returned as it is stored: an integer, or its digits as a string."""
+        value = self.fields.get(key, _ABSENT)
+        if type(value) is str and len(value) < 20 and value.isascii() and value.removeprefix("-").isdigit():
+            value = int(value)
+        if type(value) is not int:
+            self._wrong(key, value, "an integer or a string of digits")
+        if value not in _INT64:
+            self._wrong(key, value, "an integer of at most 64 bits", "a larger one")
+        return value
+
+    def identity(self, key: str) -> Identity:
+        """An id that only serves to tell records apart: an integer or a string, compared as stored."""
+        value = self.fields.get(key, _ABSENT)
+        if type(value) is not int and type(value) is not str:
+            self._wrong(key, value, "an integer or a string")
+        return value
+
+    def path(self, key: str, folder: Folder) -> str:
+        """A stored file name joined to the folder it must stay in."""
+        value = self.fields.get(key, _ABSENT)
+        if type(value) is not str:
+            self._wrong(key, value, "a string")
+        problem = folder.problem(value)
+        if problem is not None:
+            raise self.error(key, f"is {value!r}, which {problem}; only names inside {folder} are accepted")
+        return folder.join(value)
+
+    def check_characters(self, key: str, value: str) -> None:
+        """Refuse a string with a lone surrogate, which JSON escapes can smuggle in."""
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise self.error(key, f"holds half of a surrogate pair at character {error.start}") from error
+
+    def error(self, key: str, problem: str) -> DatasetError:
+        return DatasetError(f"{self.file}: record {self.number} (counted from 0): the key {key!r} {problem}.")
+
+    def _wrong(self, key: str, value: Any, wanted: str, found: str | None = None) -> NoReturn:
+        if value is _ABSENT:
+            raise self.error(key, f"is missing; it must hold {wanted}")
+        raise self.error(key, f"must hold {wanted}, not {found or _kind(value)}")
+
+
+def interned(values: list[str]) -> list[str]:
+    """The same strings, stored once per process: phrases and names repeat thousands of times."""
+    return [sys.intern(value) for value in values]
+
+
+def _all_finite(values: list[Any]) -> bool:
+    for value in values:
+        if type(value) is float:
+            if value - value != 0.0:  # inf (from 1e999, say) and NaN
+                return False
+        elif type(value) is not int or value not in _INT64:
+            return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _KINDS[type(value)]
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would block for ever
+            raise DatasetError(f"{name} is a folder or a device, not a JSON file; give the annotation file itself.")
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        raise DatasetError(f"The annotation file {name} does not exist; check the path and the data folder.") from error
+    except OSError as error:
+        raise DatasetError(f"The annotation file {name} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # a NUL in the path
+        raise DatasetError(f"The annotation file {name!r} cannot be opened: {error}.") from error
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+        raise DatasetError(f"{name} is not UTF-8 (it looks like UTF-16 or UTF-32); save it again as UTF-8.")
+    try:
+        text = str(data, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DatasetError(f"{name} is not UTF-8: a wrong byte on line {line}; save it again as UTF-8.") from error
+    if not text or text.isspace():
+        raise DatasetError(f"{name} is empty; a JSON list of objects is needed, get or make the file again.")
+    return text
+
+
+def _bad_json(path: str | os.PathLike[str], text: str, error: Exception, number: int | None = None) -> DatasetError:
+    name = os.fspath(path)
+    record = "" if number is None else f" in record {number} (counted from 0)"
+    if isinstance(error, json.JSONDecodeError):
+        cut = "" if error.doc[error.pos :].strip() else "; the file seems to be cut short, get it again"
+        # An unterminated string is reported where it starts, though it runs to the end of the file.
+        if error.msg.startswith("Unterminated string"):
+            cut = "; the file may be cut short"
+        return DatasetError(
+            f"{name} is not valid JSON: line {error.lineno}, column {error.colno}{record}: {error.msg}{cut}."
+        )
+    if isinstance(error, RecursionError):
+        return DatasetError(f"{name} cannot be read: values are nested too deeply{record}.")
+    if isinstance(error, _NotStrictJSON):
+        return DatasetError(f"{name} is not valid JSON{record}: {error}.")
+    return DatasetError(f"{name} cannot be read: a number is too long{record}.")  # int() refuses over 4300 digits

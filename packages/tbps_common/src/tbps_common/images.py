@@ -1,0 +1,159 @@
+"""Opening images that others made: any colour mode becomes RGB, damage is tolerated or named, bombs are refused."""
+
+import os
+import stat
+import threading
+import time
+from typing import IO
+
+from PIL import (
+    Image,
+    ImageFile,
+    TiffImagePlugin,  # noqa: F401 - opening by a list of formats fails for those whose plugin nobody has imported
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
+
+from tbps_common.errors import DatasetError
+
+PIXEL_LIMIT = 64_000_000
+PIXEL_LIMIT_VARIABLE = "TBPS_MAX_IMAGE_PIXELS"
+
+# Raster formats person data sets come in. Others stay closed: Pillow would start Ghostscript for an EPS file.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+_PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnidentifiedImageError)
+_TRUNCATED_SWITCH = threading.Lock()
+
+
+def read_image(path: str | os.PathLike[str], retries: int = 3) -> Image.Image:
+    """Read an image file as RGB.
+
+    The stored pixels are returned as they lie in the file, as the released readers do: the first frame of an
+    animation, no rotation by EXIF. Transparency is dropped, 16-bit greyscale keeps its upper 8 bits. The missing part
+    of a truncated file stays black or grey.
+
+    Args:
+        path: JPEG, PNG, BMP, GIF, PPM, TIFF or WebP file; the content decides, not the name.
+        retries: how often reading is tried again after a passing I/O error (a network drive, say).
+
+    Returns:
+        A loaded picture of mode RGB; no file stays open.
+
+    Raises:
+        DatasetError: the file is missing, is no image, cannot be decoded, or has more pixels than 64 million (or
+            than the environment variable TBPS_MAX_IMAGE_PIXELS says); names the file and the cause.
+    """
+    limit = pixel_limit()
+    for attempt in range(retries + 1):
+        try:
+            return _read(path, limit)
+        except DatasetError:
+            raise
+        except OSError as error:
+            if isinstance(error, _PERMANENT) or error.errno is None or attempt == retries:
+                raise _unreadable(path, error) from error
+            time.sleep(0.05 * 2**attempt)
+        except Exception as error:  # decoders answer damage with SyntaxError, struct.error, zlib.error, KeyError, ...
+            raise _unreadable(path, error) from error
+    raise ValueError(f"retries must be at least 0, not {retries}.")
+
+
+def find_damage(path: str | os.PathLike[str]) -> str | None:
+    """Decode the whole file without tolerance for truncation; `None` if it is sound, else what is wrong with it.
+
+    Raises:
+        DatasetError: TBPS_MAX_IMAGE_PIXELS is not a number.
+    """
+    limit = pixel_limit()
+    try:
+        with _open(path) as file, _identify(path, file, limit) as image:
+            image.load()
+    except Exception as error:  # see read_image
+        return _cause(error)
+    return None
+
+
+def pixel_limit() -> int:
+    """Largest accepted width x height, from TBPS_MAX_IMAGE_PIXELS or 64 million.
+
+    Raises:
+        DatasetError: the environment variable is not a positive whole number.
+    """
+    value = os.environ.get(PIXEL_LIMIT_VARIABLE, "").strip()
+    if not value:
+        return PIXEL_LIMIT
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise DatasetError(
+            f"The environment variable {PIXEL_LIMIT_VARIABLE} must be a number of pixels, not {value!r}."
+        )
+    limit = int(value)
+    # Pillow's own limit would come first; raising ours asks for both. It is never switched off.
+    if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit
+    return limit
+
+
+def _read(path: str | os.PathLike[str], limit: int) -> Image.Image:
+    try:
+        with _open(path) as file:
+            return _decode(path, file, limit)
+    except DatasetError:
+        raise
+    except Exception as error:  # see read_image
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+    # Pillow tolerates damage by a process-wide switch only. It is on just for the rare file that needs it, so that other
+    # code in the process still sees damage as an error.
+    with _TRUNCATED_SWITCH, _open(path) as file:
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            return _decode(path, file, limit)
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _open(path: str | os.PathLike[str]) -> IO[bytes]:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would block for ever
+        raise IsADirectoryError("it is a folder or a device, not a file")
+    return open(path, "rb")
+
+
+def _decode(path: str | os.PathLike[str], file: IO[bytes], limit: int) -> Image.Image:
+    with _identify(path, file, limit) as image:
+        image.load()
+        if image.mode.startswith("I;16"):
+            image = image.point(lambda value: value * (1 / 256)).convert("L")  # convert() alone would clip to white
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns about the direct way
+        return image.convert("RGB")  # a copy that needs no open file, also where the mode is RGB already
+
+
+def _identify(path: str | os.PathLike[str], file: IO[bytes], limit: int) -> Image.Image:
+    """Open by the header alone and refuse more pixels than `limit` before any is decoded."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+        pixels = image.width * image.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # over Pillow's limit, hence over ours
+        pixels = limit + 1
+    if pixels > limit:
+        raise DatasetError(
+            f"The image {os.fspath(path)} says it has more than {limit:,} pixels; "
+            f"delete it, or raise the limit with the environment variable {PIXEL_LIMIT_VARIABLE}."
+        )
+    return image
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> DatasetError:
+    return DatasetError(f"The image {os.fspath(path)!s} cannot be read: {_cause(error)}.")
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty or no image of a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().rstrip(".") or type(error).__name__
