@@ -1,0 +1,98 @@
+"""`python -m tbps_common.bench`: what the exact streaming ranking costs, beside the bare product and other ways.
+
+python -m tbps_common.bench --preset small
+python -m tbps_common.bench --preset cuhk --threads 1 --json cuhk.json
+python -m tbps_common.bench --preset itcpr --queries 512 --gallery 6144 --threads 1
+python -m tbps_common.bench --preset icfg --against naive,torchmetrics,faiss,pml
+"""
+
+import argparse
+import sys
+
+from tbps_common.bench.catalogue import COMPARED
+from tbps_common.bench.presets import PRESETS, REDUCTIONS, chosen_sizes
+from tbps_common.command import command
+from tbps_common.errors import InputError
+from tbps_common.files import write_json
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tbps_common.bench",
+        description="Time and memory of exact ranking on random clustered features, every method in a fresh process.",
+    )
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="small", help="sizes to start from (default: small)"
+    )
+    for name, text in (
+        ("queries", "number of queries"),
+        ("gallery", "number of gallery images"),
+        ("tokens", "tokens or attributes of an image (1: single vectors)"),
+        ("dim", "width of a vector"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    parser.add_argument("--positives", type=_range, metavar="LO,HI", help="gallery images of one identity")
+    parser.add_argument("--reduce", choices=REDUCTIONS, help="how tokens or attributes become one score")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to score (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--precision", choices=("highest", "tf32", "bfloat16"), default="highest")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the best of N calls counts (default: 3)")
+    parser.add_argument(
+        "--against",
+        type=_names,
+        default=("naive",),
+        metavar="NAMES",
+        help=f"methods to compare with, separated by commas, out of {', '.join(COMPARED)} (default: naive)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    return parser
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(",")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LO,HI (two integers), got {text!r}") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    unknown = [name for name in names if name not in COMPARED]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown method {unknown[0]!r}; choose from {', '.join(COMPARED)}")
+    return names
+
+
+@command
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    sizes = chosen_sizes(
+        arguments.preset,
+        {name: getattr(arguments, name) for name in ("queries", "gallery", "tokens", "dim", "positives", "reduce")},
+    )
+    if arguments.repeats < 1:
+        raise InputError(f"--repeats must be at least 1, got {arguments.repeats}.")
+    if arguments.threads < 0:
+        raise InputError(f"--threads must be at least 1, got {arguments.threads}.")
+
+    from tbps_common.bench.compare import compare
+    from tbps_common.bench.report import render
+
+    report = compare(
+        arguments.preset,
+        sizes,
+        against=arguments.against,
+        device=arguments.device,
+        threads=arguments.threads,
+        precision=arguments.precision,
+        repeats=arguments.repeats,
+    )
+    print(render(report))
+    if arguments.json:
+        write_json(arguments.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

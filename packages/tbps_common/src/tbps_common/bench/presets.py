@@ -1,0 +1,68 @@
+"""Sizes of the benchmark's data sets."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tbps_common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shape of the features and the reduction that scores them.
+
+    Attributes:
+        queries: Q.
+        gallery: G.
+        tokens: tokens (or attributes) of an image; 1 for single vectors.
+        dim: width of a vector.
+        positives: fewest and most gallery images of one identity.
+        reduce: name of the reduction.
+    """
+
+    queries: int
+    gallery: int
+    tokens: int
+    dim: int
+    positives: tuple[int, int]
+    reduce: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "positives": list(self.positives)}
+
+
+PRESETS = {
+    "itcpr": Sizes(2202, 20510, 32, 256, (1, 3), "topk_mean"),
+    "cuhk": Sizes(6156, 3074, 1, 512, (1, 5), "dot"),
+    "icfg": Sizes(19848, 19848, 1, 512, (10, 30), "dot"),
+    "wide": Sizes(64, 1_000_000, 1, 512, (1, 3), "dot"),
+    "attr": Sizes(1000, 3074, 16, 768, (1, 5), "attr_avg"),
+    "small": Sizes(256, 2048, 32, 64, (1, 5), "topk_mean"),
+}
+
+_TOKEN_FORMS = ("topk_mean", "max", "mean", "logsumexp")
+_ATTRIBUTE_FORMS = ("attr_avg", "attr_max", "attr_min", "attr_lsp_max", "attr_lsp_min")
+REDUCTIONS = ("dot", *_TOKEN_FORMS, *_ATTRIBUTE_FORMS)
+
+
+def chosen_sizes(preset: str, changes: Mapping[str, Any]) -> Sizes:
+    """A preset with the given sizes put in place of its own; `None` keeps the preset's.
+
+    Raises:
+        InputError: sizes below 1, positives out of order, or a reduction that does not fit the number of tokens.
+    """
+    sizes = replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
+    for name in ("queries", "gallery", "tokens", "dim"):
+        if getattr(sizes, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(sizes, name)}.")
+    low, high = sizes.positives
+    if not 1 <= low <= high:
+        raise InputError(f"--positives must be LO,HI with 1 <= LO <= HI, got {low},{high}.")
+    if changes.get("reduce") is None and changes.get("tokens") is not None:
+        if sizes.tokens == 1:
+            sizes = replace(sizes, reduce="dot")
+        elif sizes.reduce == "dot":
+            sizes = replace(sizes, reduce="topk_mean")
+    if sizes.reduce == "dot" and sizes.tokens != 1:
+        raise InputError(f"--reduce dot scores single vectors: use --tokens 1 instead of {sizes.tokens}.")
+    return sizes

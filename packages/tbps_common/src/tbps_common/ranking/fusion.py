@@ -1,0 +1,205 @@
+"""Two-stage re-ranking of MRA: matching (ITM) scores of the best candidates, fused with the first-stage scores.
+
+With S the first-stage scores and z the matching logits of each query's candidates:
+
+1. Z holds z at the candidates; every other column of a row holds the row's smallest z.
+2. Zn = (Z - min Z) / (max Z - min Z), over the whole matrix; likewise Sn from S. A constant matrix becomes 0.
+3. With mirrored images step 1 and 2 are done for their logits too, and Zn is the mean of both.
+4. F = Zn + weight * Sn.
+
+The released code on W processes gives another result: each process normalises a matrix in which the rows of the other
+processes hold the marker 1000, and the matrices are added up. Rows of process r then become
+(Z - m_r) / (1000 - m_r) + weight * W * Sn (and a constant, left out here because it cannot change a ranking), with m_r the
+smallest logit of that process, which owns floor(Q / W) + 1 consecutive queries. `legacy_world_size=W` reproduces that.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbps_common.ranking.inputs import check_count, check_matrix, check_scores
+from tbps_common.ranking.memory import default_row_budget, rows_within
+
+Rows = Callable[[int, int], Tensor]
+
+_LEGACY_MARKER = 1000.0
+
+
+def rerank(
+    sims: Tensor,
+    topk_index: Tensor,
+    itm: Tensor,
+    *,
+    itm_flip: Tensor | None = None,
+    weight: float = 0.002,
+    legacy_world_size: int = 1,
+) -> Tensor:
+    """Fused scores of all pairs.
+
+    Args:
+        sims: `[Q, G]` first-stage scores; not changed.
+        topk_index: `[Q, k]` gallery positions of each query's candidates, all different within a row.
+        itm: `[Q, k]` their matching logits.
+        itm_flip: `[Q, k]` the logits with mirrored images.
+        weight: of the normalised first-stage scores.
+        legacy_world_size: number of processes whose released result is wanted; 1 is the paper's formula.
+
+    Returns:
+        `[Q, G]`, float32 (float64 for float64 scores), on the device of `sims`.
+
+    Raises:
+        TypeError: scores that are not floating point, positions that are not integers.
+        ValueError: shapes that do not fit, positions outside the gallery or repeated, NaN or infinity.
+    """
+    check_matrix(sims)
+    check_scores(sims, 0)
+    low, high = torch.aminmax(sims.detach())
+    fusion = _Fusion(sims.shape[1], topk_index, itm, itm_flip, weight, legacy_world_size)
+    if len(sims) != fusion.num_queries:
+        raise ValueError(f"sims has {len(sims)} rows but topk_index has {fusion.num_queries}.")
+    fusion.scale_first_stage(low.item(), high.item())
+    return fusion.fuse(sims.detach(), 0)
+
+
+def rerank_rows(
+    rows: Rows,
+    num_gallery: int,
+    topk_index: Tensor,
+    itm: Tensor,
+    *,
+    itm_flip: Tensor | None = None,
+    weight: float = 0.002,
+    legacy_world_size: int = 1,
+    row_budget: int | None = None,
+) -> Rows:
+    """The same as a callable for `evaluate_rows`, for galleries whose score matrix is too large to hold.
+
+    `rows` is run through once here, for the range of the first-stage scores, and again when the result is asked for.
+
+    Args:
+        rows: `rows(start, stop) -> [stop - start, G]` first-stage scores, for example from `score_rows`.
+        num_gallery: G.
+        topk_index: as for `rerank`.
+        itm: as for `rerank`.
+        itm_flip: as for `rerank`.
+        weight: as for `rerank`.
+        legacy_world_size: as for `rerank`.
+        row_budget: bytes for one block of rows of the first pass; by default as in `evaluate_rows`.
+
+    Returns:
+        `fused(start, stop) -> [stop - start, G]`.
+
+    Raises:
+        TypeError: as `rerank`.
+        ValueError: as `rerank`, or rows of a wrong shape.
+    """
+    fusion = _Fusion(num_gallery, topk_index, itm, itm_flip, weight, legacy_world_size)
+    if row_budget is None:
+        row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
+    itemsize = getattr(rows, "dtype", torch.float64).itemsize
+    size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
+    low, high = float("inf"), float("-inf")
+    for start in range(0, fusion.num_queries, size):
+        stop = min(start + size, fusion.num_queries)
+        block = rows(start, stop)
+        if tuple(block.shape) != (stop - start, num_gallery):
+            raise ValueError(
+                f"rows({start}, {stop}) must return shape {[stop - start, num_gallery]}, got {list(block.shape)}."
+            )
+        check_scores(block, start)
+        lowest, highest = torch.aminmax(block.detach())
+        low, high = min(low, lowest.item()), max(high, highest.item())
+        del block
+    fusion.scale_first_stage(low, high)
+
+    def fused(start: int, stop: int) -> Tensor:
+        return fusion.fuse(rows(start, stop).detach(), start)
+
+    return fused
+
+
+class _Fusion:
+    """Normalised matching scores of the candidates and the fill of every other column, row by row."""
+
+    def __init__(
+        self,
+        num_gallery: int,
+        topk_index: Any,
+        itm: Any,
+        itm_flip: Any,
+        weight: float,
+        legacy_world_size: int,
+    ) -> None:
+        check_count(num_gallery, "num_gallery", 1)
+        world = check_count(legacy_world_size, "legacy_world_size", 1)
+        self.candidates = _check_candidates(topk_index, num_gallery)
+        self.num_queries = len(self.candidates)
+        given = [("itm", itm)] + ([] if itm_flip is None else [("itm_flip", itm_flip)])
+        parts = []
+        for name, logits in given:
+            if not isinstance(logits, Tensor) or not logits.is_floating_point():
+                raise TypeError(
+                    f"{name} must be a floating-point tensor, got {getattr(logits, 'dtype', type(logits))}."
+                )
+            if logits.shape != self.candidates.shape:
+                raise ValueError(
+                    f"{name} must have the shape of topk_index, {list(self.candidates.shape)}, got {list(logits.shape)}."
+                )
+            logits = logits.detach().to(self.candidates.device, torch.float64)
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError(f"{name} holds NaN or infinity.")
+            parts.append(_normalised(logits, num_gallery, world))
+        self.matching, self.fill = (torch.stack(values).mean(dim=0) for values in zip(*parts))
+        self._weight = float(weight) * world
+        self._low, self._scale = 0.0, 0.0
+
+    def scale_first_stage(self, low: float, high: float) -> None:
+        """Set the range of S over the whole matrix."""
+        self._low, self._scale = low, self._weight / (high - low) if high > low else 0.0
+
+    def fuse(self, sims: Tensor, start: int) -> Tensor:
+        """Fused scores of consecutive rows of S, the first of them query `start`; a new tensor."""
+        scores = sims.to(torch.float64 if sims.dtype == torch.float64 else torch.float32, copy=True)
+        scores.sub_(self._low).mul_(self._scale)
+        part = slice(start, start + len(scores))
+        candidates, matching, fill = (
+            values[part].to(scores.device) for values in (self.candidates, self.matching, self.fill)
+        )
+        first_stage = scores.gather(1, candidates)
+        scores += fill.to(scores.dtype)
+        return scores.scatter_(1, candidates, first_stage + matching.to(scores.dtype))
+
+
+def _check_candidates(topk_index: Any, num_gallery: int) -> Tensor:
+    if not isinstance(topk_index, Tensor) or topk_index.is_floating_point() or topk_index.dtype == torch.bool:
+        raise TypeError(f"topk_index must be an integer tensor, got {getattr(topk_index, 'dtype', type(topk_index))}.")
+    if topk_index.dim() != 2 or topk_index.numel() == 0:
+        raise ValueError(f"topk_index must be [queries, k] and not empty, got shape {list(topk_index.shape)}.")
+    candidates = topk_index.long()
+    low, high = torch.aminmax(candidates)
+    if low < 0 or high >= num_gallery:
+        raise ValueError(
+            f"topk_index must lie within the {num_gallery} gallery positions, got {int(low)} to {int(high)}."
+        )
+    ordered = candidates.sort(dim=1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise ValueError("topk_index names a gallery position twice for one query.")
+    return candidates
+
+
+def _normalised(logits: Tensor, num_gallery: int, world: int) -> tuple[Tensor, Tensor]:
+    """Normalised logits `[Q, k]` and normalised row fill `[Q, 1]`.
+
+    The fill is the smallest logit of its row, so the range over the whole matrix is the range of the logits.
+    """
+    fill = logits.amin(dim=1, keepdim=True)
+    if world == 1:
+        low, high = torch.aminmax(logits)
+        scale = torch.where(high > low, 1 / (high - low), 0.0)
+        return (logits - low) * scale, (fill - low) * scale
+    step = len(logits) // world + 1
+    low = torch.cat([part.amin().expand(len(part), 1) for part in fill.split(step)])
+    scale = 1 / (_LEGACY_MARKER - low)
+    return (logits - low) * scale, (fill - low) * scale
