@@ -89,6 +89,19 @@ def test_an_absent_library_is_no_error(monkeypatch):
     assert render(report).count("not installed") == 3
 
 
+def test_a_broken_library_costs_only_its_own_figures(monkeypatch):
+    def answer(task):
+        if task["method"] == "faiss":
+            raise RuntimeError("The process that measures faiss ended with 1: ImportError")
+        return answer_without_process(task)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("tbps_common.bench.compare._in_fresh_process", answer)
+    report = compare("tiny", TINY["dot"], against=("faiss", "pml"), threads=1, repeats=1)
+    assert report["absent"] == {"faiss": "The process that measures faiss ended with 1: ImportError"}
+    assert "pml" in report["methods"]
+
+
 def answer_without_process(task):
     return {"wall_s": 1.0, "cpu_s": 1.0, "peak_mb": 1.0, "threads": 1, "metrics": {}}
 

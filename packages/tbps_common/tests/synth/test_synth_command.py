@@ -230,6 +230,15 @@ def test_the_contact_sheet_shows_ten_people_in_four_views(tmp_path: Path) -> Non
         assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 200
 
 
+def test_the_contact_sheet_in_the_documentation_is_this_worlds(tmp_path: Path) -> None:
+    """If this fails: tbps-synth --preset small --contact_sheet docs/synthetic_pedestrians.png"""
+    assert synth_main(["--contact_sheet", str(tmp_path / "sheet.png"), "--preset", "small"]) == 0
+    stored = Path(__file__).parents[4] / "docs/synthetic_pedestrians.png"
+    assert stored.stat().st_size < 300_000
+    with Image.open(stored) as old, Image.open(tmp_path / "sheet.png") as new:
+        assert np.array_equal(np.asarray(old), np.asarray(new))
+
+
 def test_help_answers_within_a_second_and_neither_help_nor_drawing_imports_torch(tmp_path: Path) -> None:
     ask = "import sys; from tbps_common.cli import synth_main\ntry: synth_main(['--help'])\nexcept SystemExit: pass\n"
     times = []

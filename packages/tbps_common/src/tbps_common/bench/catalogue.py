@@ -15,13 +15,13 @@ class Method:
     """One way to the metrics; the code is in `methods.RUN`.
 
     Attributes:
-        needs: import name of the optional library it needs.
+        needs: import names of the optional libraries it needs.
         bytes_per_pair: working memory for one query and one image, for the estimate that scales the queries down.
         query_limit: most queries worth running; the rest of the cost is proportional.
         fits: whether it can score this kind of features.
     """
 
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
     bytes_per_pair: Callable[[Sizes], int] = lambda sizes: 0
     query_limit: Callable[[Sizes], float] = lambda sizes: math.inf
     fits: Callable[[Sizes], bool] = lambda sizes: True
@@ -45,9 +45,9 @@ METHODS = {
         query_limit=lambda sizes: max(1, (1 << 32) // (sizes.gallery * sizes.tokens * sizes.dim)),
         fits=lambda sizes: sizes.tokens > 1 and not sizes.reduce.startswith("attr_"),
     ),
-    "torchmetrics": Method(needs="torchmetrics", bytes_per_pair=lambda sizes: _naive_bytes(sizes) + 20),
-    "faiss": Method(needs="faiss", fits=_single),
-    "pml": Method(needs="pytorch_metric_learning", bytes_per_pair=lambda sizes: 100, fits=_single),
+    "torchmetrics": Method(needs=("torchmetrics",), bytes_per_pair=lambda sizes: _naive_bytes(sizes) + 20),
+    "faiss": Method(needs=("faiss",), fits=_single),
+    "pml": Method(needs=("pytorch_metric_learning", "faiss"), bytes_per_pair=lambda sizes: 100, fits=_single),
 }
 """`gemm` and `ours` always run; the others are chosen with `--against`."""
 

@@ -50,7 +50,7 @@ def compare(
 
     Raises:
         InputError: CUDA asked for where there is none.
-        RuntimeError: a method's process failed.
+        RuntimeError: the process of a method that needs no optional library failed.
     """
     machine = {"cpu": _processor(), "device": _device_name(device), "torch": version("torch")}
     limit = _MEMORY_SHARE * _free_memory(device)
@@ -63,7 +63,7 @@ def compare(
         if not method.fits(sizes):
             absent[name] = f"cannot score reduce={sizes.reduce}"
             continue
-        if method.needs and importlib.util.find_spec(method.needs) is None:
+        if any(importlib.util.find_spec(library) is None for library in method.needs):
             absent[name] = "not installed"
             continue
         if device != "cpu" and name not in ("gemm", "ours", "naive"):
@@ -81,7 +81,13 @@ def compare(
             "repeats": repeats,
             "queries": queries,
         }
-        answer = _in_fresh_process(task)
+        try:
+            answer = _in_fresh_process(task)
+        except RuntimeError as error:
+            if not method.needs:
+                raise
+            absent[name] = str(error)  # an optional library that is broken must not cost the other figures
+            continue
         used_threads = answer.pop("threads")
         per_query = answer.pop("per_query", per_query)
         methods[name] = {**answer, "queries": queries, "scaled": queries < sizes.queries}

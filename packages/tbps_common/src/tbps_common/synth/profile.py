@@ -3,9 +3,9 @@
 from tbps_common.synth import belongings, head
 from tbps_common.synth.attributes import Person
 from tbps_common.synth.body import Paints, Proportions, proportions
-from tbps_common.synth.frontal import HEMS, draw_stripes
 from tbps_common.synth.raster import Point
 from tbps_common.synth.sketch import Sketch
+from tbps_common.synth.torso import HEMS, draw_stripes
 
 _HIP = 500
 _ANKLE = 930
