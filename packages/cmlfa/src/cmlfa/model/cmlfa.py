@@ -35,7 +35,7 @@ class CMLFA(nn.Module):
     attends over the slots of one sample. The parameters are the same.
 
     Attributes:
-        unused_parameters: names that never receive a gradient; DistributedDataParallel must be told to ignore them.
+        unused_parameters: names that never receive a gradient: DistributedDataParallel has to look for unused parameters.
     """
 
     unused_parameters = ("safl.pos_embeding",)
