@@ -165,14 +165,21 @@ def test_killed_run_goes_on_exactly(
         files = list(parent.glob("*/last.pth"))
         return any(torch.load(path, weights_only=True)["epoch"] == 3 for path in files)
 
-    for attempt in range(20):
+    def logged() -> int:
+        return sum(path.stat().st_size for path in parent.glob("*/train_log.txt"))
+
+    for attempt in range(40):
         resume = ["--resume"] if list(parent.glob("*/last.pth")) else []
+        before = logged()
         child = context.Process(target=train_main, args=([*flags, *resume],))
         child.start()
         inside_save = attempt % 2 == 0
-        deadline = time.monotonic() + (60 if inside_save else moments.uniform(0.5, 6.0))
+        while child.is_alive() and logged() == before:
+            time.sleep(0.002)
+        left_by_earlier_kills = set(parent.glob("*/.*.tmp*.pth"))
+        deadline = time.monotonic() + (60 if inside_save else moments.uniform(0, 0.6))
         while child.is_alive() and time.monotonic() < deadline:
-            if inside_save and list(parent.glob("*/.*.tmp*.pth")):
+            if inside_save and set(parent.glob("*/.*.tmp*.pth")) - left_by_earlier_kills:
                 break
             time.sleep(0.002)
         enough = kills["inside a save"] >= 3 and kills["at a random moment"] >= 2
