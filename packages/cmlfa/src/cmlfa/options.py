@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cmlfa.model.settings import LFA_ATTENTION, LOSSES, PRECISIONS
 from tbps_common.errors import InputError
 
-LOSSES = ("sdm", "itc", "id", "mlm", "cmpm")
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
-PRECISIONS = ("auto", "fp16", "fp32", "amp")
 DEVICES = ("auto", "cuda", "cpu")
 
 DESCRIPTION = """\
@@ -235,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     ours = parser.add_argument_group("additions of this project (the defaults reproduce the released code)")
     ours.add_argument(
         "--lfa_attention",
-        choices=("batch", "parts"),
+        choices=LFA_ATTENTION,
         default="batch",
         help="what the shared transformer attends over: the samples of the batch (released code: features depend on "
         "the batch they are computed in) or the prototypes' slots of one sample (the paper's figure)",
