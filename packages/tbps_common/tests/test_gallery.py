@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tbps_common.errors import GalleryError
-from tbps_common.gallery import GalleryIndex, find_images
+from tbps_common.gallery import GalleryIndex, complete_index, find_images
 from tbps_common.ranking import similarity
 
 MODEL, OTHER = "1" * 64, "2" * 64
@@ -298,3 +298,23 @@ class TestFindImages:
             find_images(tmp_path)
         with pytest.raises(GalleryError, match="does not exist"):
             find_images(tmp_path / "none")
+
+
+def test_complete_index_adds_only_what_is_new(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def encode(paths: list[str]) -> Iterator[tuple[list[str], torch.Tensor]]:
+        asked.append(paths)
+        yield paths, torch.tensor([[float(path), 1.0] for path in paths])
+
+    file = tmp_path / "gallery.safetensors"
+    rule = {"fingerprint": "f", "package": "p", "reduce": "dot", "k": 6}
+    assert complete_index(file, ["1", "2"], encode, **rule).endswith("2 images")
+    assert "1 images added, 1 there already, 3 in all" in complete_index(file, ["2", "3"], encode, **rule)
+    complete_index(file, ["1", "2", "3"], encode, **rule)
+    assert asked == [["1", "2"], ["3"]]
+    assert GalleryIndex.open(file).features[:, 0].tolist() == [1.0, 2.0, 3.0]
+    for changed in ({"fingerprint": "g"}, {"reduce": "topk_mean"}):
+        with pytest.raises(GalleryError, match="build"):
+            complete_index(file, ["4"], encode, **(rule | changed))
+    assert len(GalleryIndex.open(file)) == 3

@@ -5,12 +5,12 @@ status 2, as argparse does); `check_training_flags` checks what needs several fl
 """
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cmlfa.model.settings import LFA_ATTENTION, LOSSES, PRECISIONS
+from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
@@ -42,44 +42,6 @@ events, best.pth (best R1) and last.pth (the state to go on from with --resume).
 Several GPUs: torchrun --nproc_per_node=N train.py ... (each process takes a batch of its own and computes its own
 losses, so N processes of 64 are not one batch of 64*N).
 """
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the command's line breaks and shows every default."""
-
-
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """argparse type: an integer of at least `minimum`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expects a whole number, not {text!r}") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
-        return value
-
-    return parse
-
-
-def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """argparse type: a finite number in [low, high), or in (low, high) with `above`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expects a number, not {text!r}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
-        if value < low or (above and value == low):
-            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, not {value:g}")
-        if value >= high:
-            raise argparse.ArgumentTypeError(f"must be below {high:g}, not {value:g}")
-        return value
-
-    return parse
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -132,7 +94,7 @@ class _ImageSize(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `train.py`; `get_args` uses it, and `cmlfa.config` takes the defaults from it."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False)
     run = parser.add_argument_group("run (the authors' flags)")
     run.add_argument("--name", type=run_name, default="baseline", help="name of the run, end of its folder's name")
     run.add_argument("--output_dir", default="logs", help="root of the run directories")

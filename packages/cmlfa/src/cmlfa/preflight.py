@@ -1,10 +1,9 @@
 """Checks of the data that need no model: made before torch is imported, so that a wrong path is told within a second."""
 
-import os
-from collections.abc import Iterable
 from typing import Any
 
 from tbps_common.errors import DatasetError, InputError
+from tbps_common.images import check_images_exist
 
 _SHOWN = 5
 
@@ -47,30 +46,8 @@ def check_data(dataset_name: str, root_dir: str, *, split: str, training: bool, 
     paths = set(evaluated["img_paths"])
     if training:
         paths.update(path for _, _, path, _ in data.train)
-    check_images_exist(paths, root_dir)
+    check_images_exist(paths, root_dir, flag="--root_dir")
     return data
-
-
-def check_images_exist(paths: Iterable[str], root_dir: str) -> None:
-    """Require every image file, with one listing per folder instead of one look-up per image.
-
-    Raises:
-        DatasetError: images are missing; the first five are named.
-    """
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for path in sorted(paths):
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(path)
-    if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise DatasetError(
-            f"{len(missing)} images named by the annotations under {root_dir} are missing ({shown}): unpack all images "
-            "of the data set, or check --root_dir"
-        )
 
 
 def _require_positives(queries: list[int], gallery: list[int], what: str, wanted: str) -> None:

@@ -2,11 +2,10 @@
 
 import argparse
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmlfa.options import whole_number
 from cmlfa.trained import TrainedModel, add_run_flags, open_trained, read_run
+from tbps_common.arguments import whole_number
 from tbps_common.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,26 +39,21 @@ def index(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     args = read_run(flags, ("test_batch_size", "num_workers"))
 
-    from tbps_common.gallery import GalleryIndex, find_images
+    from tbps_common.gallery import complete_index, find_images
 
     paths = find_images(flags.images)
     trained = open_trained(flags, args)
     _say_batch_dependence(
         trained, f"images are encoded in batches of {args.test_batch_size} in the order of their paths"
     )
-    out = Path(flags.out)
-    if out.exists():
-        gallery = GalleryIndex.open(out, fingerprint=trained.fingerprint)
-        known = set(gallery.paths)
-        new = [path for path in paths if path not in known]
-        if new:
-            gallery = gallery.append(image_features(trained, new))
-        print(f"{out}: {len(new)} images added, {len(paths) - len(new)} there already, {len(gallery)} in all")
-    else:
-        gallery = GalleryIndex.build(
-            out, image_features(trained, paths), fingerprint=trained.fingerprint, package="cmlfa"
-        )
-        print(f"{out}: {len(gallery)} images")
+    said = complete_index(
+        flags.out,
+        paths,
+        lambda new: image_features(trained, new),
+        fingerprint=trained.fingerprint,
+        package="cmlfa",
+    )
+    print(said)
     return 0
 
 

@@ -3,13 +3,12 @@
 import argparse
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmlfa.options import whole_number
 from cmlfa.preflight import check_data
 from cmlfa.trained import TrainedModel, add_run_flags, find_checkpoint, open_trained, read_run
+from tbps_common.arguments import whole_number
 
 if TYPE_CHECKING:
     from tbps_common.ranking import RetrievalResult
@@ -28,7 +27,6 @@ so the result depends on --test_batch_size.
 # The CMC curve is drawn up to this rank, or the size of a smaller gallery.
 CMC_RANKS = 50
 PICTURED_QUERIES = 6
-PICTURED_MISSES = 2
 
 logger = logging.getLogger("IRRA.test")
 
@@ -41,9 +39,9 @@ def main(argv: list[str]) -> int:
     directory, _ = find_checkpoint(args, flags)
     report = Path(flags.report_dir) if flags.report_dir else directory
 
-    from cmlfa.logs import run_log
+    from tbps_common.logs import run_log
 
-    with run_log() as log:
+    with run_log("IRRA", "cmlfa") as log:
         trained = open_trained(flags, args)
         report.mkdir(parents=True, exist_ok=True)
         log.open(report / "test_log.txt", append=True)
@@ -68,9 +66,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _test(trained: TrainedModel, report: Path, *, i2t: bool) -> None:
     from cmlfa.datasets import build_dataloader
-    from cmlfa.device import device_sentence
     from cmlfa.evaluation import evaluate, metrics_table
     from cmlfa.model.cmlfa import resolve_precision
+    from tbps_common.device import device_sentence
     from tbps_common.report.evaluation import evaluation_from_result
     from tbps_common.report.pictures import cmc_curve, ranked_list
 
@@ -134,14 +132,9 @@ def pictured_queries(
         texts: the queries (`caption_pids`, `captions`).
         count: rows.
     """
-    from tbps_common.report.pictures import Hit, RankedQuery
+    from tbps_common.report.pictures import Hit, RankedQuery, example_queries
 
     assert result.indices is not None and result.scores is not None
-    first = result.first_rank.tolist()
-    found = [query for query, rank in enumerate(first) if rank == 1]
-    missed = [query for query, rank in enumerate(first) if rank != 1]
-    misses = min(len(missed), max(PICTURED_MISSES, count - len(found)))
-    chosen = spread(found, count - misses) + spread(missed, misses)
     return [
         RankedQuery(
             text=texts.captions[query],
@@ -150,11 +143,5 @@ def pictured_queries(
                 for place, score in zip(result.indices[query].tolist(), result.scores[query].tolist())
             ],
         )
-        for query in sorted(chosen)
+        for query in example_queries(result.first_rank.tolist(), count)
     ]
-
-
-def spread(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly spread, in their order."""
-    count = min(count, len(items))
-    return [items[(2 * step + 1) * len(items) // (2 * count)] for step in range(count)]

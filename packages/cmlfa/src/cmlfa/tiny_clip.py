@@ -2,7 +2,7 @@
 
 import argparse
 
-from cmlfa.options import whole_number
+from tbps_common.arguments import whole_number
 
 DESCRIPTION = """\
 Write a CLIP model of random weights in OpenAI's layout, small enough to train on a laptop:

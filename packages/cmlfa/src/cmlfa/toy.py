@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cmlfa.options import whole_number
+from tbps_common.arguments import whole_number
 from tbps_common.errors import InputError
 
 DESCRIPTION = """\

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from cmlfa.cli import test_main as run_test
-from cmlfa.testing import spread
 from tbps_common.report.evaluation import read_evaluation
+from tbps_common.report.pictures import spread
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ with spaces (as the format allows), and written last. Neither writing nor search
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -221,6 +221,53 @@ class GalleryIndex:
         if not bool(torch.isfinite(scores).all()):
             raise GalleryError(f"Scores against {self.path} hold NaN or infinity; check the checkpoint of the query.")
         return indices, scores
+
+
+def complete_index(
+    path: str | os.PathLike[str],
+    images: Sequence[str],
+    encode: Callable[[list[str]], Batches],
+    *,
+    fingerprint: str,
+    package: str,
+    reduce: str = "dot",
+    k: int = 6,
+) -> str:
+    """Write an index of the images or, where there is one already, add the images that it lacks.
+
+    Args:
+        path: the index file.
+        images: paths of all images that it should hold.
+        encode: yields paths and features of the images that it is given, batch by batch.
+        fingerprint: of the model.
+        package: import name of the package that computes the features.
+        reduce: how scores are made from the features; an index that exists must have the same.
+        k: tokens averaged by `reduce="topk_mean"`; likewise.
+
+    Returns:
+        A sentence for the user: how many images were added, and how many there are.
+
+    Raises:
+        GalleryError: the existing index is damaged, or was made by another model or with another rule for scores.
+        OSError: the disk is full; an existing index stays as it was.
+    """
+    file = Path(path)
+    if not file.exists():
+        index = GalleryIndex.build(
+            file, encode(list(images)), fingerprint=fingerprint, package=package, reduce=reduce, k=k
+        )
+        return f"{file}: {len(index)} images"
+    index = GalleryIndex.open(file, fingerprint=fingerprint)
+    if (index.reduce, index.k) != (reduce, k):
+        raise GalleryError(
+            f"{file} was made with {index.reduce} scores (k {index.k}), and {reduce} (k {k}) is wanted now; "
+            "write to another file, or build the index again."
+        )
+    known = set(index.paths)
+    new = [image for image in images if image not in known]
+    if new:
+        index.append(encode(new))
+    return f"{file}: {len(new)} images added, {len(images) - len(new)} there already, {len(index)} in all"
 
 
 @dataclass(frozen=True)

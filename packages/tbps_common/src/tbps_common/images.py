@@ -4,6 +4,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Iterable
 from typing import IO
 
 from PIL import (
@@ -23,6 +24,7 @@ PIXEL_LIMIT_VARIABLE = "TBPS_MAX_IMAGE_PIXELS"
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnidentifiedImageError)
+_SHOWN = 5
 _TRUNCATED_SWITCH = threading.Lock()
 
 
@@ -157,3 +159,30 @@ def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().rstrip(".") or type(error).__name__
+
+
+def check_images_exist(paths: Iterable[str], root: str, *, flag: str) -> None:
+    """Require every image file, with one listing per folder instead of one look-up per image.
+
+    Args:
+        paths: of the image files.
+        root: folder that holds the data set, for the message.
+        flag: the command's flag that names it, for the message.
+
+    Raises:
+        DatasetError: images are missing; the first five are named.
+    """
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in sorted(set(paths)):
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listings[folder]:
+            missing.append(path)
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise DatasetError(
+            f"{len(missing)} images named by the annotations under {root} are missing ({shown}): unpack all images of "
+            f"the data set, or check {flag}"
+        )

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from tbps_common.distributed import Ranks
 from tbps_common.errors import CheckpointError, InputError
 
 
@@ -49,6 +51,16 @@ def rng_state() -> dict[str, Any]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def all_rng_states(ranks: Ranks) -> list[dict[str, Any]]:
+    """`rng_state` of every process, by rank; every process must call it."""
+    own = rng_state()
+    if not ranks.distributed:
+        return [own]
+    states: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(states, own)
+    return states
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cmlfa.datasets import prepare_batch
 from cmlfa.training.meters import Meters
 from cmlfa.training.precision import StepPrecision
+from tbps_common.finite import FiniteLoss
 
 logger = logging.getLogger("IRRA.train")
 
@@ -38,22 +39,6 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.precision.backward_and_step(total, self.optimizer)
         return {name: value.detach() for name, value in {**outputs, "loss": total}.items()}
-
-
-class FiniteLoss:
-    """Remembers the first step whose loss was NaN or infinite, without waiting for the device at every step."""
-
-    def __init__(self, device: torch.device):
-        self._first = torch.zeros((), dtype=torch.int64, device=device)
-
-    def update(self, loss: Tensor, iteration: int) -> None:
-        """Note the loss of iteration 1, 2, ..."""
-        bad = ~torch.isfinite(loss) & (self._first == 0)
-        self._first = torch.where(bad, iteration, self._first)
-
-    def first_bad_iteration(self) -> int:
-        """The iteration, or 0 while all losses are finite; waits for the device."""
-        return int(self._first)
 
 
 @dataclass

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from tbps_common.distributed import Ranks
 from tbps_common.errors import CheckpointError
-from tbps_common.randomness import rng_state
 
 logger = logging.getLogger("IRRA.train")
 
@@ -37,16 +34,6 @@ class Progress:
     best_top1: float = 0.0
     best_epoch: int = 0
     unfinished: UnfinishedEpoch | None = None
-
-
-def all_rng_states(ranks: Ranks) -> list[dict[str, Any]]:
-    """Random state of every process, by rank; every process must call it."""
-    own = rng_state()
-    if not ranks.distributed:
-        return [own]
-    states: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(states, own)
-    return states
 
 
 def read_progress(entries: Mapping[str, Any], source: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any] | None]:

@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from cmlfa.checkpoint import Checkpointer
 from cmlfa.config import CONFIG_NAME, changed_flags, load_train_configs, save_train_configs
 from cmlfa.datasets import build_dataloader
 from cmlfa.evaluation import EvaluationStopped, evaluate, metrics_table
-from cmlfa.logs import RunLog
 from cmlfa.model import ClipGeometry, build_model, clip_geometry
 from cmlfa.model.cmlfa import resolve_precision
 from cmlfa.solver import build_lr_scheduler, build_optimizer
-from cmlfa.training.interruption import Interruption
 from cmlfa.training.loop import Epoch, Step, train_epoch
 from cmlfa.training.meters import Meters
 from cmlfa.training.precision import StepPrecision
-from cmlfa.training.progress import Progress, all_rng_states, read_progress
+from cmlfa.training.progress import Progress, read_progress
 from cmlfa.training.run_directory import (
     BEST_NAME,
     LAST_NAME,
@@ -33,7 +30,9 @@ from cmlfa.training.run_directory import (
 )
 from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.distributed import Ranks, broadcast_object
-from tbps_common.randomness import rng_state, seed_everything, set_rng_state
+from tbps_common.interruption import AgreedStop, Interruption
+from tbps_common.logs import RunLog
+from tbps_common.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
 
 logger = logging.getLogger("IRRA.train")
 
@@ -57,8 +56,7 @@ class TrainingRun:
     def __init__(self, args: argparse.Namespace, device: torch.device, ranks: Ranks, log: RunLog):
         self.args, self.device, self.ranks = args, device, ranks
         self.interruption = Interruption()
-        # Whether to stop is agreed on by the CPUs, so that no step has to wait for a GPU.
-        self._control_group: Any = dist.new_group(backend="gloo") if ranks.distributed else None
+        self._stop_requested = AgreedStop(self.interruption, ranks)
 
         source = self._checkpoint_to_resume()
         seed_everything(args.seed + ranks.rank)
@@ -188,14 +186,6 @@ class TrainingRun:
         )
         logging.getLogger("IRRA.eval").info("\n%s", metrics_table(results))
         return dict(results["t2i"].metrics)
-
-    def _stop_requested(self) -> bool:
-        """Whether any process was asked to stop; every process gets the same answer at the same step."""
-        if self._control_group is None:
-            return self.interruption.requested
-        flag = torch.tensor([int(self.interruption.requested)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control_group)
-        return bool(flag)
 
     def _stop(self, epoch: int) -> int:
         path = self.directory / f"{LAST_NAME}.pth"

@@ -7,12 +7,12 @@ import os
 import torch
 
 import cmlfa
-from cmlfa.device import choose_device, device_sentence
-from cmlfa.logs import run_log
 from cmlfa.model.cmlfa import resolve_precision
 from cmlfa.options import default_options
 from cmlfa.training.run import TrainingRun
+from tbps_common.device import choose_device, device_sentence
 from tbps_common.distributed import Ranks, process_group
+from tbps_common.logs import run_log
 
 # The other processes wait while the main one evaluates. A process that dies is noticed by torchrun at once.
 TIMEOUT_MINUTES = 120
@@ -39,7 +39,7 @@ def train(args: argparse.Namespace) -> int:
         os.environ["LOCAL_RANK"] = str(args.local_rank)
     ranks = Ranks.from_environment()
     device = choose_device(args.device, ranks.local_rank)
-    with run_log(enabled=ranks.is_main) as log, process_group(device, TIMEOUT_MINUTES) as ranks:
+    with run_log("IRRA", "cmlfa", enabled=ranks.is_main) as log, process_group(device, TIMEOUT_MINUTES) as ranks:
         precision = resolve_precision(args.precision, device.type)
         logger.info("cmlfa %s, torch %s, %d process(es)", cmlfa.__version__, torch.__version__, ranks.world_size)
         logger.info("%s", device_sentence(args.device, device, precision))

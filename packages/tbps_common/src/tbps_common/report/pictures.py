@@ -54,6 +54,29 @@ class RankedQuery:
     truth: ImagePath | None = None
 
 
+def example_queries(first_ranks: Sequence[int], count: int, *, misses: int = 2) -> list[int]:
+    """Queries worth a picture, spread over the split: most found at rank 1, and some that were not.
+
+    Args:
+        first_ranks: rank of each query's first correct image, counted from 1 (anything else: none was found).
+        count: queries to choose.
+        misses: at least so many of them were not found at rank 1, if there are any.
+
+    Returns:
+        Positions of at most `count` queries, in ascending order.
+    """
+    found = [query for query, rank in enumerate(first_ranks) if rank == 1]
+    missed = [query for query, rank in enumerate(first_ranks) if rank != 1]
+    wrong = min(len(missed), max(misses, count - len(found)))
+    return sorted(spread(found, count - wrong) + spread(missed, wrong))
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spread, in their order."""
+    count = min(count, len(items))
+    return [items[(2 * step + 1) * len(items) // (2 * count)] for step in range(count)]
+
+
 def ranked_list(
     path: str | os.PathLike[str], queries: Sequence[RankedQuery], *, columns: int = 10, title: str | None = None
 ) -> Path:

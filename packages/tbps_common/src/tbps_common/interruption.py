@@ -5,6 +5,11 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from tbps_common.distributed import Ranks
+
 _MESSAGES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -52,3 +57,22 @@ class Interruption:
         # Plain write: a handler may run in the middle of a buffered write to the same stream.
         text = f"\n{_MESSAGES[signal.Signals(number)]}: stopping after this step; once more ends at once\n"
         os.write(2, text.encode())
+
+
+class AgreedStop:
+    """Whether any process was asked to stop: called at the same step, every process gets the same answer.
+
+    The CPUs agree on it through a gloo group of their own, so that no step has to wait for a GPU. Every process must
+    build it, after the process group, and call it equally often.
+    """
+
+    def __init__(self, interruption: Interruption, ranks: Ranks) -> None:
+        self._interruption = interruption
+        self._group: Any = dist.new_group(backend="gloo") if ranks.distributed else None
+
+    def __call__(self) -> bool:
+        if self._group is None:
+            return self._interruption.requested
+        flag = torch.tensor([int(self._interruption.requested)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)

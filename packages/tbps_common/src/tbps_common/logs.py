@@ -1,7 +1,4 @@
-"""Log lines of a command: on the console, and in the run directory as soon as there is one.
-
-The logger names begin with `IRRA`, as in the released code, so that logs of both can be read by the same tools.
-"""
+"""Log lines of a command: on the console, and in the run directory as soon as there is one."""
 
 import logging
 import sys
@@ -11,7 +8,6 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
-LOGGERS = ("IRRA", "cmlfa", "tbps_common")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -59,10 +55,15 @@ class RunLog:
 
 
 @contextmanager
-def run_log(*, enabled: bool = True) -> Iterator[RunLog]:
-    """Log to the console (and to a file once `RunLog.open` is called); a process that is not the main one stays silent."""
+def run_log(*names: str, enabled: bool = True) -> Iterator[RunLog]:
+    """Log to the console, and to a file once `RunLog.open` is called.
+
+    Args:
+        names: of the loggers to show, beside this package's own.
+        enabled: False on a process that is not the main one: it stays silent.
+    """
     log = RunLog()
-    loggers = [logging.getLogger(name) for name in LOGGERS]
+    loggers = [logging.getLogger(name) for name in (*names, "tbps_common")]
     before = [(logger, logger.level) for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.INFO if enabled else logging.CRITICAL)
