@@ -161,8 +161,21 @@ def _cause(error: Exception) -> str:
     return str(error).strip().rstrip(".") or type(error).__name__
 
 
+def missing_images(paths: Iterable[str]) -> list[str]:
+    """The paths that are no file's, sorted; one listing per folder instead of one look-up per image."""
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in sorted(set(paths)):
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listings[folder]:
+            missing.append(path)
+    return missing
+
+
 def check_images_exist(paths: Iterable[str], root: str, *, flag: str) -> None:
-    """Require every image file, with one listing per folder instead of one look-up per image.
+    """Require every image file.
 
     Args:
         paths: of the image files.
@@ -172,14 +185,7 @@ def check_images_exist(paths: Iterable[str], root: str, *, flag: str) -> None:
     Raises:
         DatasetError: images are missing; the first five are named.
     """
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for path in sorted(set(paths)):
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(path)
+    missing = missing_images(paths)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise DatasetError(
