@@ -25,6 +25,27 @@ def test_a_users_mistake_is_one_line_and_status_2(kind: type[InputError], capsys
     assert (out, err) == ("", "error: reid_raw.json is missing; check --root_dir\n")
 
 
+class _Broken:
+    """A data set whose only image is damaged."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise DatasetError("imgs/1.jpg is no image: replace it")
+
+
+def test_a_loader_process_s_error_is_the_same_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def entry(argv: list[str]) -> int:
+        from torch.utils.data import DataLoader
+
+        return len(list(DataLoader(_Broken(), num_workers=1)))
+
+    assert entry([]) == 2
+    assert capsys.readouterr().err == "error: imgs/1.jpg is no image: replace it\n"
+
+
 def test_a_full_disk_names_the_file_and_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(OSError(errno.ENOSPC, "No space left on device", "run/last.pth"))([]) == 1
     err = capsys.readouterr().err

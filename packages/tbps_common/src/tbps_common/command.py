@@ -35,7 +35,7 @@ def command(main: Main) -> Callable[..., int]:
         try:
             return main(arguments) or 0
         except InputError as error:
-            return _report(error, EXIT_BAD_INPUT, debug)
+            return _report(error, EXIT_BAD_INPUT, debug, _own_sentence(error))
         except KeyboardInterrupt as error:
             return _report(error, EXIT_INTERRUPTED, debug, "interrupted")
         except BrokenPipeError:
@@ -58,6 +58,14 @@ def _report(error: BaseException, status: int, show_traceback: bool, sentence: s
         traceback.print_exception(error)
     print(f"error: {sentence if sentence is not None else error}", file=sys.stderr, flush=True)
     return status
+
+
+def _own_sentence(error: InputError) -> str:
+    """The sentence of an error that a DataLoader's worker raised: torch puts the worker's traceback before it."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() or text
 
 
 def _os_error_sentence(error: OSError) -> str:

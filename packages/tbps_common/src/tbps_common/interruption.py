@@ -3,12 +3,10 @@
 import os
 import signal
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
-from tbps_common.distributed import Ranks
+if TYPE_CHECKING:
+    from tbps_common.distributed import Ranks
 
 _MESSAGES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -66,13 +64,20 @@ class AgreedStop:
     build it, after the process group, and call it equally often.
     """
 
-    def __init__(self, interruption: Interruption, ranks: Ranks) -> None:
+    def __init__(self, interruption: Interruption, ranks: "Ranks") -> None:
         self._interruption = interruption
-        self._group: Any = dist.new_group(backend="gloo") if ranks.distributed else None
+        self._group: Any = None
+        if ranks.distributed:
+            import torch.distributed as dist
+
+            self._group = dist.new_group(backend="gloo")
 
     def __call__(self) -> bool:
         if self._group is None:
             return self._interruption.requested
+        import torch
+        import torch.distributed as dist
+
         flag = torch.tensor([int(self._interruption.requested)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
