@@ -90,19 +90,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     if golden_root() is not None and report.skipped and item.get_closest_marker("golden") is not None:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid}: a parity test was skipped although {GOLDEN_VARIABLE} is set"
-    if report.when == "call" and report.passed and item.get_closest_marker("golden") is not None:
-        item.config.stash[_PASSED].add(item.nodeid)
+    if item.get_closest_marker("golden") is not None:
+        report.user_properties.append(_PARITY)
 
 
-_PASSED = pytest.StashKey[set[str]]()
+_PARITY = ("parity", True)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_PASSED] = set()
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    terminalreporter.write_line(f"parity tests passed: {len(config.stash[_PASSED])}")
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    # Reports reach the terminal from every process of `-n`, their items do not.
+    passed = [
+        report for report in terminalreporter.getreports("passed") if _PARITY in map(tuple, report.user_properties)
+    ]
+    terminalreporter.write_line(f"parity tests passed: {len(passed)}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MEMBERS = sorted(path.name for path in (ROOT / "packages").iterdir() if path.is_dir())
 READMES = [ROOT / "README.md", *(ROOT / "packages" / member / "README.md" for member in MEMBERS)]
 SCRIPTS = {entry.name: entry for member in MEMBERS for entry in distribution(member).entry_points}
+PREFIX = "(?:" + "|".join(sorted({re.escape(name.partition("-")[0]) for name in SCRIPTS})) + ")"
 
 
 def command_lines(text: str) -> list[list[str]]:
     """Words of every line of a code block that calls one of our console commands."""
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    inline = re.findall(r"`((?:uv run [^`]*)?(?:cmlfa|tbps)-[^`]*)`", text)
+    inline = re.findall(rf"`((?:uv run [^`]*)?{PREFIX}-[^`]*)`", text)
     found = []
     for line in [*lines, *inline]:
         try:
@@ -25,7 +26,12 @@ def command_lines(text: str) -> list[list[str]]:
         except ValueError:
             continue
         start = next(
-            (place for place, word in enumerate(words) if re.fullmatch(r"(cmlfa|tbps)-[a-z0-9-]+", word)), None
+            (
+                place
+                for place, (before, word) in enumerate(zip(["", *words], words))
+                if before != "--package" and re.fullmatch(rf"{PREFIX}-[a-z0-9-]+", word)
+            ),
+            None,
         )
         if start is not None:
             found.append(words[start:])

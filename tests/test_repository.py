@@ -82,6 +82,6 @@ def test_a_package_outside_the_tree_refuses_to_build(root: Path, packages: dict[
 
 
 def test_ci_runs_the_test_command_of_the_readme(root: Path) -> None:
-    command = "pip install uv && uv run --all-packages pytest"
+    command = "pip install uv && uv run --all-packages pytest -n auto --dist loadfile"
     assert command in (root / "README.md").read_text(encoding="utf-8").splitlines()
     assert command in (root / ".ci" / "run").read_text(encoding="utf-8").splitlines()

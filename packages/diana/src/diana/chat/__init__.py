@@ -1,0 +1,1 @@
+"""Searching one's own pictures in a conversation: the index, the questions, the session."""

@@ -1,0 +1,225 @@
+"""`diana-chat`: find a person among the pictures of an index by answering questions."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from diana.chat.gallery import Gallery, read_gallery, read_header, require_checkpoint
+from diana.chat.questioners import FixedList, InformationGain, LanguageModel, Questioner, Round, make_round
+from diana.dialogues.client import ChatClient, ServerSettings
+from tbps_common.arguments import HelpFormatter, number, whole_number
+from tbps_common.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DESCRIPTION = """\
+Find a person by answering questions; after every answer the best pictures are listed and drawn.
+
+  diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
+  diana-chat  --pretrained work_dirs/finetune --index gallery.safetensors
+
+Besides answers it understands: undo (take the last answer back), reset (begin anew), quit. An empty answer ends too.
+Questions come from the offline questioner, which asks what is expected to narrow the candidates most, or from a language
+model: --base_url http://127.0.0.1:8000/v1 --model NAME (a key, if needed, from OPENAI_API_KEY).
+"""
+
+
+class Session:
+    """One conversation: the rounds so far, and what they find.
+
+    Args:
+        model: `diana.DiaNAModel`.
+        tokenizer: its tokenizer.
+        gallery: the index.
+        max_seq_length: tokens the model reads.
+        batch_size: dialogues encoded at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, gallery: Gallery, *, max_seq_length: int, batch_size: int) -> None:
+        self.rounds: list[Round] = []
+        self.gallery = gallery
+        self._model, self._tokenizer = model, tokenizer
+        self._max_seq_length, self._batch_size = max_seq_length, batch_size
+        self._mode = "global" if gallery.attributes is None else "all"
+
+    @property
+    def scale(self) -> float:
+        """Inverse temperature of the similarities, for probabilities. In mode `all` two similarities are added."""
+        return float(self._model.logit_scale.detach().exp()) / (1 if self._mode == "global" else 2)
+
+    def score(self, dialogues: Sequence[Sequence[Round]]) -> "Tensor":
+        """Scores `[number of dialogues, N]`. What the dialogues have in common at their beginning is computed once."""
+        import torch
+
+        from diana.data import render_dialogue
+        from diana.retrieval import encode_turns, score_rows_of
+        from diana.retrieval.scores import Features
+
+        parts = []
+        for start in range(0, len(dialogues), self._batch_size):
+            versions = [render_dialogue(dialogue) for dialogue in dialogues[start : start + self._batch_size]]
+            parts += encode_turns(
+                self._model,
+                self._tokenizer,
+                [versions],
+                max_seq_length=self._max_seq_length,
+                batch_size=1,
+                attributes=self._mode == "all",
+            )
+        attributes = [attrs for _, attrs in parts if attrs is not None]
+        queries = Features(torch.cat([embeds for embeds, _ in parts]), torch.cat(attributes) if attributes else None)
+        rows = score_rows_of(
+            queries,
+            self.gallery.features,
+            mode=self._mode,
+            sim_type=self._model.config.refiner_config["sim_type"],
+            device=self._model.device,
+        )
+        return rows[self._mode](0, len(dialogues)).float().cpu()
+
+    def search(self, topk: int) -> list[tuple[str, float]]:
+        """Best images of the dialogue so far with their scores; equal scores in the order of the index."""
+        scores = self.score([self.rounds])[0]
+        order = scores.argsort(descending=True, stable=True)[:topk].tolist()
+        return [(self.gallery.paths[place], float(scores[place])) for place in order]
+
+    def token_count(self) -> int:
+        """Length of the dialogue as the model would read it."""
+        from diana.data import render_dialogue
+
+        return len(self._tokenizer(render_dialogue(self.rounds), verbose=False)["input_ids"])
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check, load, talk."""
+    flags = _parse(argv)
+    from diana.model.folders import resolve_folder
+
+    folder, index = resolve_folder(flags.pretrained), Path(flags.index)
+    require_checkpoint(index, read_header(index), folder)
+    client = _client(flags)
+    from diana.model import load_diana
+    from tbps_common.device import choose_device
+
+    gallery = read_gallery(index)
+    model, tokenizer = load_diana(folder, device=choose_device(flags.device))
+    session = Session(model, tokenizer, gallery, max_seq_length=flags.max_seq_length, batch_size=flags.text_batch_size)
+    print(f"{len(gallery.paths)} pictures. Commands: undo, reset, quit.")
+    talk(session, _questioner(flags, session, client), flags, sys.stdin)
+    return 0
+
+
+def talk(session: Session, questioner: Questioner, flags: argparse.Namespace, answers: TextIO) -> None:
+    """Ask, search and show until the rounds are used up or the user has enough."""
+    from diana.data import PROMPT_POOL
+
+    asked: list[str] = []  # question of every round, so that `undo` asks the same again
+    while len(session.rounds) < flags.rounds:
+        if len(asked) == len(session.rounds):
+            question = PROMPT_POOL[0] if not session.rounds else questioner(session.rounds)
+            if question is None:
+                print("\nNothing is left to ask.")
+                break
+            asked.append(question)
+        answer = _read_answer(asked[-1], answers)
+        command = answer.lower()
+        if command in ("", "quit"):
+            break
+        if command == "reset":
+            session.rounds.clear()
+            asked.clear()
+            continue
+        if command == "undo":
+            if session.rounds:
+                session.rounds.pop()
+                del asked[len(session.rounds) + 1 :]
+                print(f"Taken back; {len(session.rounds)} answer(s) left.")
+            else:
+                print("There is no answer to take back.")
+            continue
+        session.rounds.append(make_round(asked[-1], answer))
+        _show(session, flags)
+    _save(session, Path(flags.out_dir))
+
+
+def _read_answer(question: str, answers: TextIO) -> str:
+    print(f"\nASSISTANT: {question}\nUSER: ", end="", flush=True)
+    line = answers.readline()
+    if not answers.isatty():  # a scripted session reads like a typed one
+        print(line.rstrip("\n"))
+    # Characters that cannot be written again (half a surrogate pair from a broken terminal) are left out.
+    return line.strip().encode("utf-8", "ignore").decode("utf-8")
+
+
+def _show(session: Session, flags: argparse.Namespace) -> None:
+    from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
+
+    tokens = session.token_count()
+    if tokens > flags.max_seq_length:
+        print(
+            f"warning: the dialogue has {tokens} tokens, the model reads the first {flags.max_seq_length}: the latest "
+            "answers are not taken into account"
+        )
+    hits = session.search(flags.topk)
+    print()
+    for rank, (path, score) in enumerate(hits, start=1):
+        print(f"{rank:3d}  {score:7.4f}  {path}")
+    text = " ".join(message["value"] for turn in session.rounds for message in turn if message["from"] == "user")
+    picture = Path(flags.out_dir) / f"round_{len(session.rounds)}.png"
+    ranked_list(picture, [RankedQuery(text=text, hits=[Hit(path, score) for path, score in hits])])
+    print(f"     drawn in {picture}", flush=True)
+
+
+def _save(session: Session, out_dir: Path) -> None:
+    if session.rounds:
+        from tbps_common.files import write_json
+
+        write_json(out_dir / "dialogue.json", session.rounds)
+        print(f"\nThe dialogue is in {out_dir / 'dialogue.json'}.")
+
+
+def _questioner(flags: argparse.Namespace, session: Session, client: ChatClient | None) -> Questioner:
+    offline: Questioner = FixedList() if flags.questioner == "fixed" else InformationGain(session.score, session.scale)
+    return offline if client is None else LanguageModel(client, offline)
+
+
+def _client(flags: argparse.Namespace) -> ChatClient | None:
+    if flags.model is None:
+        if flags.base_url is not None:
+            raise InputError("--base_url needs --model: name the model that the server has")
+        return None
+    return ChatClient(
+        ServerSettings(model=flags.model, base_url=flags.base_url, timeout=flags.timeout, deadline=flags.timeout)
+    )
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="diana-chat", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="DIR", help="checkpoint folder that made the index")
+    add("--index", default="gallery.safetensors", metavar="FILE", help="of diana-index")
+    add("--rounds", type=whole_number(1), default=5, help="most questions")
+    add("--topk", type=whole_number(1), default=10, help="pictures shown per round")
+    add("--out_dir", default="chat", metavar="DIR", help="receives round_N.png and dialogue.json")
+    add("--max_seq_length", type=whole_number(8), default=400, help="tokens the model reads")
+    add("--text_batch_size", type=whole_number(1), default=128, help="hypothetical dialogues encoded at once")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add(
+        "--questioner",
+        choices=("information", "fixed"),
+        default="information",
+        help="offline questions: what is expected to tell most, or a fixed order",
+    )
+    server = parser.add_argument_group("questions from a language model")
+    add = server.add_argument
+    add(
+        "--base_url", "--llm_base_url", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
+    )
+    add("--model", "--llm_model", metavar="NAME", help="name that the server knows")
+    add("--timeout", type=number(0, above=True), default=60.0, help="seconds to wait for a question")
+    return parser.parse_args(argv)

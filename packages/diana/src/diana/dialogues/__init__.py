@@ -1,0 +1,1 @@
+"""Building dialogues with a language model: a client that survives bad servers, the two roles, and the journal."""

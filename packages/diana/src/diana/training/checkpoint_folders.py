@@ -1,0 +1,98 @@
+"""`checkpoint-N` folders of a run: which to go on from, and which to delete. Needs no torch."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from tbps_common.errors import CheckpointError, InputError
+
+STATE_NAME = "trainer_state.json"
+UNFINISHED = ".unfinished"
+ARGUMENTS_NAME = "arguments.json"
+LOG_NAME = "train_log.jsonl"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoint folders, by number of steps, the last one at the end."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / STATE_NAME).is_file()]
+
+
+def checkpoint_to_resume(output_dir: Path, *, overwrite: bool) -> Path | None:
+    """Where to go on without being told: the last checkpoint, unless the folder is to be overwritten.
+
+    Raises:
+        InputError: the folder is no folder, or holds something else and is not to be overwritten.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: give a folder")
+    if overwrite or not output_dir.is_dir():
+        return None
+    found = checkpoints(output_dir)
+    if found:
+        return found[-1]
+    if any(path.name not in (UNFINISHED, ARGUMENTS_NAME, LOG_NAME) for path in output_dir.iterdir()):
+        raise InputError(
+            f"--output_dir {output_dir} is not empty and holds no checkpoint to go on from: give another folder, or "
+            "--overwrite_output_dir True"
+        )
+    return None
+
+
+def requested_checkpoint(value: str, output_dir: Path) -> Path | None:
+    """What `--resume_from_checkpoint` means: a folder, or True for the last checkpoint of the output folder.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it lacks the state of the run.
+    """
+    if value.lower() in ("", "false", "none"):
+        return None
+    if value.lower() == "true":
+        found = checkpoints(output_dir)
+        if not found:
+            raise CheckpointError(f"{output_dir} holds no checkpoint to go on from: leave --resume_from_checkpoint out")
+        return found[-1]
+    folder = Path(value)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {folder} does not exist: give a checkpoint-N folder")
+    if not (folder / STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {STATE_NAME}, so training cannot go on from it: start from its weights with --pretrained"
+        )
+    return folder
+
+
+def check_state(folder: Path) -> None:
+    """Require that the small files of a checkpoint can be read.
+
+    Raises:
+        CheckpointError: the state is damaged.
+    """
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        steps = state["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE_NAME} is damaged ({error}): resume from another checkpoint") from error
+    if not isinstance(steps, int) or steps < 0:
+        raise CheckpointError(f"{folder / STATE_NAME} counts {steps!r} steps: resume from another checkpoint")
+
+
+def earlier_results(output_dir: Path) -> list[Path]:
+    """What an earlier run left and a new one replaces: checkpoint folders, and the model in the folder itself."""
+    if not output_dir.is_dir():
+        return []
+    model = [output_dir / name for name in ("config.json", "model.safetensors")]
+    return [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)] + [p for p in model if p.is_file()]
+
+
+def delete(paths: list[Path]) -> None:
+    """Delete files and folders; what cannot be deleted stays."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,203 @@
+"""diana-index and diana-chat, as a user meets them."""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diana import load_diana
+from diana.chat.gallery import checkpoint_mark
+from diana.chat.questions import QUESTIONS
+from diana.cli import chat_main, index_main
+from diana.data import PROMPT_POOL, build_eval_transform, render_dialogue
+from diana.tokenizer import encode
+from tbps_common.images import read_image
+
+Typed = Callable[[str], None]
+
+
+@pytest.fixture(scope="session")
+def pictures(world: Path) -> Path:
+    return world / "ChatPedes" / "imgs"
+
+
+@pytest.fixture(scope="session")
+def index(pretrained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Index of all pictures, with attributes."""
+    out = tmp_path_factory.mktemp("index") / "gallery.safetensors"
+    flags = ["--pretrained", str(pretrained), "--images", str(pictures), "--out", str(out), "--mode", "all"]
+    assert index_main([*flags, "--batch_size", "8"]) == 0
+    return out
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """`typed(text)`: what the user will type."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_the_index_holds_features_paths_and_the_models_mark(index: Path, pretrained: Path, pictures: Path) -> None:
+    with safe_open(index, framework="pt") as file:
+        metadata = file.metadata()
+        names = set(file.keys())
+    assert names == {"global", "attrs"}
+    paths = json.loads(metadata["paths"])
+    assert paths == sorted(str(path) for path in pictures.rglob("*.png"))
+    assert json.loads(metadata["image_size"]) == [64, 32]
+    assert metadata["checkpoint"] == checkpoint_mark(pretrained)
+    tensors = load_file(index)
+    model, _ = load_diana(pretrained)
+    from diana.chat.index import MEAN, STD
+
+    transform = build_eval_transform((64, 32), MEAN, STD)
+    with torch.no_grad():
+        embeds, tokens = model.encode_image(torch.stack([transform(read_image(path)) for path in paths[:3]]))
+        attributes = model.refine(tokens)
+    assert tensors["global"].dtype == torch.float32
+    assert torch.allclose(tensors["global"][:3], torch.nn.functional.normalize(embeds, dim=1), atol=1e-5)
+    assert torch.allclose(tensors["attrs"][:3], torch.nn.functional.normalize(attributes, dim=2), atol=1e-5)
+
+
+def test_an_index_is_completed_and_bad_images_are_left_out(
+    pretrained: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "own"
+    files = sorted(pictures.rglob("*.png"))
+    folder.mkdir()
+    for number in range(3):
+        shutil.copy(files[number], folder / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    flags = ["--pretrained", str(pretrained), "--images", str(folder), "--out", str(tmp_path / "g.safetensors")]
+    assert index_main(flags) == 0
+    assert "3 images added, 3 in all" in capsys.readouterr().out
+    assert "broken.jpg" in caplog.text
+    (folder / "broken.jpg").unlink()
+    first = load_file(tmp_path / "g.safetensors")["global"]
+    shutil.copy(files[4], folder / "a_new_one.png")
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join(str(path) for path in sorted(folder.iterdir())), encoding="utf-8")
+    assert index_main([*flags, "--images", str(listing)]) == 0
+    assert "1 images added, 4 in all" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "g.safetensors")["global"][:3], first)
+    assert index_main(flags) == 0
+    assert "are there already" in capsys.readouterr().out
+    assert index_main([*flags, "--images", str(pictures), "--mode", "all"]) == 2
+    assert "another --mode" in capsys.readouterr().err
+
+
+def test_a_scripted_conversation(
+    index: Path, pretrained: Path, typed: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answer, answer, undo, another answer, reset, begin anew, quit."""
+    out = tmp_path / "chat"
+    flags = ["--pretrained", str(pretrained), "--index", str(index), "--topk", "4", "--out_dir", str(out)]
+    typed("A woman in a red coat.\nBlue jeans.\nundo\nBlack trousers.\nreset\nundo\nA man.\nquit\n")
+    assert chat_main(flags) == 0
+    shown = capsys.readouterr().out
+    questions = re.findall(r"^ASSISTANT: (.*)$", shown, re.MULTILINE)
+    assert questions[0] == PROMPT_POOL[0]
+    assert questions[3] == questions[1]  # asked again after undo
+    assert [questions[place] for place in (5, 6)] == [PROMPT_POOL[0]] * 2
+    assert questions[1] in {question.text for question in QUESTIONS}
+    assert not any("upper body" in question or "a man or a woman" in question for question in questions[:5])
+    assert "Taken back; 1 answer(s) left." in shown
+    assert "There is no answer to take back." in shown
+    assert len(re.findall(r"drawn in", shown)) == 4
+    saved = json.loads((out / "dialogue.json").read_text(encoding="utf-8"))
+    assert [[message["value"] for message in turn] for turn in saved] == [[PROMPT_POOL[0], "A man."]]
+    assert sorted(path.name for path in out.glob("*.png")) == ["round_1.png", "round_2.png"]
+    with Image.open(out / "round_1.png") as picture:
+        assert min(picture.size) > 200
+
+    # The first list is the ranking of the rendered dialogue by the sum of both similarities.
+    model, tokenizer = load_diana(pretrained)
+    tensors = load_file(index)
+    rounds = [[{"from": "gpt", "value": PROMPT_POOL[0]}, {"from": "user", "value": "A woman in a red coat."}]]
+    with torch.no_grad():
+        tokens = encode(tokenizer, [render_dialogue(rounds)], 400, False)
+        embed, dense = model.encode_text(**tokens)
+        scores = (torch.nn.functional.normalize(embed, dim=1) @ tensors["global"].T)[0]
+        scores = scores + model.refine_sim(model.refine(dense, tokens["attention_mask"]), tensors["attrs"])[0]
+    with safe_open(index, framework="pt") as file:
+        paths = json.loads(file.metadata()["paths"])
+    listed = re.findall(r"^ +(\d+) +(-?[\d.]+)  (.*\.png)$", shown, re.MULTILINE)[:4]
+    best = scores.topk(4).indices.tolist()
+    assert [path for _, _, path in listed] == [paths[place] for place in best]
+    assert [float(score) for _, score, _ in listed] == pytest.approx(scores[best].tolist(), abs=2e-4)
+
+
+def test_it_ends_with_the_rounds_or_the_input(
+    index: Path, pretrained: Path, typed: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--pretrained", str(pretrained), "--index", str(index), "--out_dir", str(tmp_path), "--topk", "1"]
+    typed("Somebody.\nI forgot.\nnever read\n")
+    assert chat_main([*flags, "--rounds", "2", "--questioner", "fixed"]) == 0
+    shown = capsys.readouterr().out
+    assert "never read" not in shown
+    assert QUESTIONS[0].text in shown
+    typed("")
+    assert chat_main(flags) == 0
+    assert "ASSISTANT: " + PROMPT_POOL[0] in capsys.readouterr().out
+
+
+def test_a_dialogue_that_is_too_long_is_told(
+    index: Path, pretrained: Path, typed: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed("Somebody with " + "very " * 80 + "long hair.\n")
+    flags = ["--pretrained", str(pretrained), "--index", str(index), "--out_dir", str(tmp_path), "--rounds", "1"]
+    assert chat_main([*flags, "--max_seq_length", "100"]) == 0
+    assert "the model reads the first 100" in capsys.readouterr().out
+
+
+def test_an_index_of_another_checkpoint_is_refused(
+    index: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pretrained, other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps({**config, "note": 1}), encoding="utf-8")
+    assert chat_main(["--pretrained", str(other), "--index", str(index)]) == 2
+    assert "was made with another checkpoint" in capsys.readouterr().err
+    assert index_main(["--pretrained", str(other), "--images", str(tmp_path), "--out", str(index)]) == 2
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, 400, -1])
+def test_a_damaged_index_is_named(
+    cut: int, index: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(index.read_bytes()[:cut])
+    assert chat_main(["--pretrained", str(pretrained), "--index", str(damaged)]) == 2
+    said = capsys.readouterr().err
+    assert str(damaged) in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--index", "nothing.safetensors"], "nothing.safetensors does not exist"),
+        (["--base_url", "http://127.0.0.1:9/v1"], "--base_url needs --model"),
+        (["--model", "m"], "OPENAI_API_KEY"),
+        (["--pretrained", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    more: list[str], message: str, index: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat_main(["--pretrained", str(pretrained), "--index", str(index), *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1

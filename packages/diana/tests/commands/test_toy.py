@@ -1,0 +1,91 @@
+"""diana-toy and diana-make-tiny."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diana.cli import make_tiny_main, toy_main
+from diana.data import PROMPT_POOL, SYSTEM_PROMPT
+from diana.options import parse_train_flags
+from diana.tokenizer import load_tokenizer
+from diana.toy import chance_r1, environment, stage_flags
+
+
+def test_the_tiny_tokenizer_has_llama_3s_layout(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny / "llama-tiny")
+    n = tokenizer.vocab_size
+    assert tokenizer("a red coat")["input_ids"][0] == tokenizer.bos_token_id == n
+    assert [tokenizer.eos_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id] == [n + 1, n + 2, n + 4]
+    assert len(tokenizer) == n + 5 == 600
+    assert len(tokenizer(SYSTEM_PROMPT)["input_ids"]) < 55
+    for text in (*PROMPT_POOL, "Ünïcode 漢字 🙂\n\ttabs", ""):
+        assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
+
+
+def test_tiny_backbones_are_what_the_config_says_and_follow_the_seed(tiny: Path, tmp_path: Path) -> None:
+    from diana import DiaNAConfig, DiaNAModel
+
+    config = DiaNAConfig.from_pretrained(tiny / "configs")
+    model = DiaNAModel.from_backbones(config, tiny / "swinv2-tiny", tiny / "llama-tiny")
+    assert 4e5 < sum(parameter.numel() for parameter in model.parameters()) < 8e5
+    for seed in ("0", "1"):
+        assert make_tiny_main(["--out", str(tmp_path / seed), "--image_size", "64", "32", "--seed", seed]) == 0
+    weights = [(tmp_path / seed / "llama-tiny" / "model.safetensors").read_bytes() for seed in "01"]
+    assert weights[0] == (tiny / "llama-tiny" / "model.safetensors").read_bytes() != weights[1]
+
+
+def test_a_lexicon_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "words.txt").write_text("zebra\nzebra stripes\n", encoding="utf-8")
+    assert make_tiny_main(["--out", str(tmp_path / "t"), "--lexicon", str(tmp_path / "words.txt")]) == 0
+    assert len(load_tokenizer(tmp_path / "t" / "llama-tiny")(" zebra")["input_ids"]) <= 3
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    for name in ("empty.txt", "absent.txt"):
+        assert make_tiny_main(["--out", str(tmp_path / "u"), "--lexicon", str(tmp_path / name)]) == 2
+        assert name in capsys.readouterr().err
+    assert not (tmp_path / "u").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_toy_appends_to_the_released_flags(
+    stage: str, tmp_path: Path, script_words: Callable[..., list[str]], script_environment: dict[str, str]
+) -> None:
+    variables = {**script_environment, **environment(tmp_path, stage)}
+    words = script_words(f"{stage}.sh", variables, *stage_flags(stage, 3))
+    args, rest = parse_train_flags(words[words.index("main/train/train.py") + 1 :])
+    assert args.force_image_size == [96, 48]
+    assert args.overwrite_output_dir is False
+    assert rest[-2:] == ["--max_steps", "3"]
+    assert args.pretrained == (str(tmp_path / "pretrain") if stage == "finetune" else None)
+
+
+def test_chance_is_the_share_of_right_pictures(tmp_path: Path) -> None:
+    turn = [{"from": "gpt", "value": "q"}, {"from": "user", "value": "a"}]
+    records = [{"id": 1, "chats": [turn]}, {"id": 1, "chats": [[turn], [turn]]}, {"id": 2, "chats": [turn]}]
+    (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    assert chance_r1(tmp_path / "a.json") == pytest.approx(100 * (3 * 2 / 3 + 1 / 3) / 4)
+
+
+@pytest.mark.slow
+def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "toy"
+    flags = ["--out", str(out), "--preset", "tiny", "--pretrain_steps", "2", "--finetune_steps", "2"]
+    assert toy_main(flags) == 0
+    shown = capfd.readouterr().out
+    assert re.findall(r"shell/(\w+)\.sh", shown) == ["pretrain", "finetune", "eval"]
+    results = json.loads((out / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    assert [entry["turn_limit"] for entry in results] == [1, 2, 3, 4, 5]
+    assert "R@1 by rounds of the dialogue" in shown
+    assert f"{results[0]['metrics']['all']['r1']:.2f}" in shown
+    for name in ("turns.png", "ranked_list.png"):
+        with Image.open(out / "evaluation" / name) as picture:
+            assert min(picture.size) > 200
+    assert toy_main(flags) == 0
+    assert re.findall(r"shell/(\w+)\.sh", capfd.readouterr().out) == ["eval"]
+    assert toy_main([*flags, "--pretrain_steps", "3"]) == 2
+    assert "other settings" in capfd.readouterr().err

@@ -1,0 +1,1 @@
+"""`python -m fafa.bench`: this package against the direct forms of the method, equality checked, ratios printed."""

@@ -1,0 +1,30 @@
+"""Optimizer and schedule of the paper: AdamW on one group, one cycle of cosine annealing."""
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+from fafa.model.weights import ordered_parameters
+
+WARM_UP_SHARE = 1 / 50
+
+
+def build_optimizer(model: nn.Module, learning_rate: float) -> AdamW:
+    """AdamW with betas (0.9, 0.98), eps 1e-7 and weight decay 0.05 on every trainable parameter, biases included.
+
+    The schedule of `build_scheduler` then drives beta1. Parameters are in the order of the checkpoint layout.
+    """
+    parameters = [parameter for parameter in ordered_parameters(model) if parameter.requires_grad]
+    return AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05)
+
+
+def build_scheduler(optimizer: Optimizer, max_lr: float, steps_per_epoch: int, epochs: int) -> OneCycleLR:
+    """One cycle over `steps_per_epoch * epochs` steps: a fiftieth up from `max_lr / 25`, then down to `max_lr / 250000`.
+
+    Beta1 falls from 0.95 to 0.85 while the rate rises, and back. With exactly 50 steps the rise would take 0 steps, for
+    which torch divides by zero; it then is a hair longer.
+    """
+    share = WARM_UP_SHARE
+    if share * steps_per_epoch * epochs == 1:
+        share += 1e-9
+    return OneCycleLR(optimizer, max_lr=max_lr, pct_start=share, steps_per_epoch=steps_per_epoch, epochs=epochs)

@@ -1,0 +1,1 @@
+"""The training side of FAFA: one run from its flags to its run directory."""

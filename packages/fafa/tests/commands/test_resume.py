@@ -1,0 +1,201 @@
+"""Interruption and resume: whatever ends a run, and whenever, going on ends in the same bits."""
+
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fafa.cli import train_main
+
+EPOCHS = ("--num-epochs", "3", "--learning-rate", "1e-3", "--log-every", "1")
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    """Equal to the last bit, through all nesting."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for number, (left, right) in enumerate(zip(one, other)):
+            assert_same(left, right, f"{where}[{number}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    names = ["training_state/last.pt", "training_state/frozen.pt"]
+    names += sorted(str(path.relative_to(other)) for path in (other / "saved_models").glob("*.pt"))
+    for name in names:
+        assert_same(torch.load(one / name, weights_only=True), torch.load(other / name, weights_only=True), name)
+    for name in ("train_metrics.csv", "validation_metrics_by_step.csv", "validation_metrics_by_epoch.csv"):
+        assert (one / name).read_text() == (other / name).read_text()
+
+
+@contextmanager
+def signal_at(text: str, number: int) -> Iterator[None]:
+    """Send a signal to this process as soon as a log line contains `text`."""
+
+    class Sender(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if text in record.getMessage():
+                logger.removeHandler(self)
+                os.kill(os.getpid(), number)
+
+    logger, sender = logging.getLogger("fafa.train"), Sender()
+    logger.addHandler(sender)
+    try:
+        yield
+    finally:
+        logger.removeHandler(sender)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, train_flags: Callable[..., list[str]], only_run: Callable[[Path], Path]
+) -> Path:
+    """A run that nothing happened to."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    assert train_main(train_flags(output_dir, *EPOCHS)) == 0
+    return only_run(output_dir)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "status", "workers"),
+    [
+        ("step 0, lr", signal.SIGTERM, 143, "0"),
+        ("step 5, lr", signal.SIGINT, 130, "1"),
+        ("step 3, lr", signal.SIGTERM, 143, "0"),
+        ("ITCPR validation, step 6", signal.SIGTERM, 143, "0"),
+        ("step 7, lr", signal.SIGTERM, 143, "0"),
+        ("ITCPR validation, epoch 1", signal.SIGTERM, 143, "0"),
+    ],
+    ids=["first step", "mid-epoch with a worker", "before a validation", "after one", "epoch's end", "its validation"],
+)
+def test_stopped_run_goes_on_exactly(
+    moment: str,
+    number: int,
+    status: int,
+    workers: str,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    only_run: Callable[[Path], Path],
+    uninterrupted: Path,
+) -> None:
+    flags = train_flags(tmp_path, *EPOCHS, "--num-workers", workers)
+    with signal_at(moment, number):
+        assert train_main(flags) == status
+    run = only_run(tmp_path)
+    assert train_main([*flags, "--resume", str(run)]) == 0
+    assert only_run(tmp_path) == run
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_exactly(
+    tmp_path: Path, train_flags: Callable[..., list[str]], only_run: Callable[[Path], Path], uninterrupted: Path
+) -> None:
+    """SIGKILL at random moments, until a run gets through; the state is written after every step meanwhile."""
+    flags = train_flags(tmp_path, *EPOCHS, "--save-state-every", "1")
+    context = multiprocessing.get_context("forkserver")  # a child starts at once: the server has imported everything
+    context.set_forkserver_preload(["fafa.training.start"])
+    moments = random.Random(0)
+    kills = 0
+    while True:
+        resumable = list(tmp_path.glob("*/training_state/last.pt"))
+        if not resumable:  # a run that was killed before its first state has nothing to go on from
+            for leftover in tmp_path.iterdir():
+                shutil.rmtree(leftover)
+        child = context.Process(target=train_main, args=([*flags, *(["--resume", "auto"] if resumable else [])],))
+        child.start()
+        if kills < 6:
+            log = None
+            while log is None and child.is_alive():  # into the training, not into its preparation
+                log = next(iter(tmp_path.glob("*/train_log.txt")), None)
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.05, 0.8))
+            if child.is_alive():
+                os.kill(child.pid or 0, signal.SIGKILL)
+                kills += 1
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert kills >= 2
+    assert_same_run(only_run(tmp_path), uninterrupted)
+
+
+def test_finished_run_has_nothing_left_to_do(
+    tmp_path: Path, train_flags: Callable[..., list[str]], uninterrupted: Path
+) -> None:
+    run = tmp_path / uninterrupted.name
+    shutil.copytree(uninterrupted, run)
+    assert train_main([*train_flags(tmp_path, *EPOCHS), "--resume", "auto"]) == 0
+    assert_same_run(run, uninterrupted)
+    assert "all 3 epochs are done already" in (run / "train_log.txt").read_text(encoding="utf-8")
+
+
+def test_resume_does_not_need_the_backbone_file(
+    tmp_path: Path, train_flags: Callable[..., list[str]], uninterrupted: Path
+) -> None:
+    """Everything a model is built from lies in the run directory."""
+    run = tmp_path / uninterrupted.name
+    shutil.copytree(uninterrupted, run)
+    flags = train_flags(tmp_path, *EPOCHS, "--backbone", str(tmp_path / "gone.yaml"), "--resume", str(run))
+    assert train_main(flags) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("--batch-size", "8"), "--batch-size"),
+        (("--num-epochs", "4"), "--num-epochs"),
+        (("--seed", "1"), "--seed"),
+    ],
+)
+def test_other_circumstances_are_refused(
+    change: tuple[str, str],
+    named: str,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    uninterrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = train_flags(tmp_path, *EPOCHS, *change, "--resume", str(uninterrupted))
+    assert train_main(flags) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert named in line
+    assert "--resume-path" in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another file"])
+def test_damaged_states_are_named(
+    damage: str,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    uninterrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / uninterrupted.name
+    shutil.copytree(uninterrupted, run)
+    state = run / "training_state" / "last.pt"
+    if damage == "another file":
+        shutil.copyfile(run / "saved_models" / "tuned_last_recall_at1.pt", state)
+    else:
+        state.write_bytes(state.read_bytes()[: 1000 if damage == "truncated" else 0])
+    assert train_main([*train_flags(tmp_path, *EPOCHS), "--resume", str(run)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert str(state) in line

@@ -1,0 +1,157 @@
+"""Checks that need no model, made before torch is imported: a wrong path is told within a second, not after minutes."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mra.config import check_config, check_task, checkpoint_needed, evaluation_files, with_overrides
+from mra.model.settings import TextSettings, VisionSettings
+from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
+from tbps_common.errors import CheckpointError, DatasetError, InputError
+from tbps_common.images import check_images_exist
+
+LAST_NAME = "last.pth"
+
+
+def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace, *, data: bool = True) -> None:
+    """Refuse a run that could not work.
+
+    Args:
+        config: as `load_config` returns it.
+        config_file: how messages name it.
+        args: flags of `run.py` or `Retrieval.py`.
+        data: read the annotations and look for every image file, too.
+
+    Raises:
+        InputError: one sentence naming the flag, the file or the key, and the remedy.
+    """
+    check_task(args.task)
+    training = not args.evaluate
+    if not training and args.resume:
+        raise InputError("--resume goes on with a training run, and --evaluate trains nothing: leave one of them out")
+    config = with_overrides(config, args)
+    check_config(config, config_file, training=training)
+    _check_split(config, config_file, args)
+    _check_output(args)
+    _check_weights(config, config_file, args)
+    _check_vocabulary(config, config_file)
+    if training and config.get("eda"):
+        _check_synonyms(config)
+    if data:
+        paths = _evaluated_images(config, args) | (_training_images(config) if training else set())
+        root = ", ".join(dict.fromkeys(_image_roots(config)))
+        check_images_exist(paths, root, flag=f"image_root in {config_file}")
+
+
+def _check_split(config: dict[str, Any], config_file: str, args: argparse.Namespace) -> None:
+    if not args.evaluate and args.select not in evaluation_files(config):
+        raise InputError(
+            f"--select {args.select} needs the key {args.select}_file, which {config_file} does not have (ICFG-PEDES has "
+            "no validation split): use --select test"
+        )
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    folder = Path(args.output_dir)
+    existing = next(parent for parent in (folder, *folder.parents, Path()) if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_dir {folder} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--output_dir {folder} cannot be written: check the permissions of {existing.resolve()}")
+    if args.resume and not (folder / LAST_NAME).is_file():
+        raise CheckpointError(
+            f"--resume found no {folder / LAST_NAME}: check --output_dir, or start the run without --resume"
+        )
+
+
+def _check_weights(config: dict[str, Any], config_file: str, args: argparse.Namespace) -> None:
+    if args.resume:
+        return  # everything comes from last.pth
+    if checkpoint_needed(config, evaluate=args.evaluate):
+        _require_file(
+            args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights to start from or to evaluate"
+        )
+        return
+    if config.get("load_params"):
+        weights = VisionSettings.from_config(config["vision_config"]).start_weights
+        _require_file(weights, f"{weights} (ckpt of vision_config)", "download the Swin weights named in the README")
+    folder = Path(config["text_encoder"])
+    if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        raise CheckpointError(
+            f"{folder} (text_encoder in {config_file}) holds neither model.safetensors nor pytorch_model.bin: download "
+            "bert-base-uncased, which the README names"
+        )
+
+
+def _require_file(path: str, what: str, remedy: str) -> None:
+    if not path or not Path(path).is_file():
+        raise CheckpointError(f"{what} is not a file: {remedy}")
+
+
+def _check_vocabulary(config: dict[str, Any], config_file: str) -> None:
+    from mra.text.vocabulary import read_vocabulary
+
+    words, known = (
+        len(read_vocabulary(config["text_encoder"])),
+        TextSettings.from_config(config["text_config"]).vocab_size,
+    )
+    if words > known:
+        raise InputError(
+            f"{config['text_encoder']}/vocab.txt holds {words} tokens, but vocab_size of text_config in {config_file} is "
+            f"{known}: the two do not belong together"
+        )
+
+
+def _check_synonyms(config: dict[str, Any]) -> None:
+    from mra.text.wordnet import require_wordnet, synonyms_of
+
+    if synonyms_of(config) is None:
+        require_wordnet()
+
+
+def _image_roots(config: dict[str, Any]) -> list[str]:
+    roots = [config["image_root"], config.get("image_root_test") or config["image_root"]]
+    for key, root in zip(("image_root", "image_root_test"), roots):
+        if not os.path.isdir(root):
+            raise DatasetError(f"there is no folder {root} ({key}): unpack the images there, or run in another folder")
+    return roots
+
+
+def _evaluated_images(config: dict[str, Any], args: argparse.Namespace) -> set[str]:
+    files = evaluation_files(config)
+    root = _image_roots(config)[1]
+    paths: set[str] = set()
+    for split in files if args.evaluate else [args.select]:
+        data = load_processed_eval(files[split], root)
+        if not set(data.q_pids) & set(data.g_pids):
+            raise DatasetError(
+                f"{files[split]} has {len(data.captions)} captions and {len(data.image_paths)} images, and no caption "
+                "whose person has an image, so nothing can be evaluated: complete the file"
+            )
+        paths.update(data.image_paths)
+    return paths
+
+
+def _training_images(config: dict[str, Any]) -> set[str]:
+    if "train_file_regions" in config:
+        files = config["train_file_regions"]
+        paths = [record.image_path for record in load_sda(files, config["image_root"]).records]
+    else:
+        files = config["train_file"]
+        paths = load_processed_train(files, config["image_root"]).image_paths
+    check_training_size(len(paths), config["batch_size_train"], 1)
+    return set(paths)
+
+
+def check_training_size(pairs: int, batch_size: int, processes: int) -> None:
+    """Require one step per epoch.
+
+    Raises:
+        DatasetError: the training set is smaller than a batch of all processes.
+    """
+    if pairs < batch_size * processes:
+        raise DatasetError(
+            f"the training set has {pairs} pairs, which do not fill one batch of {batch_size * processes} "
+            f"({batch_size} on each of {processes} process(es)): give more data, or lower --bs"
+        )

@@ -1,0 +1,1 @@
+"""The training side of MRA: one run from its flags to its output folder."""

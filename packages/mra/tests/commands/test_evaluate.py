@@ -1,0 +1,69 @@
+"""`--evaluate`: tables, files, and the rule that combines the scores."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mra.cli import retrieval_main
+from tbps_common.report.evaluation import read_evaluation
+
+TABLE = re.compile(
+    r"### (val|test)_result:\n\+[-+]+\n\| task \|(?: +\w+ +\|){5}\n\+[-+]+\n\| +t2i \|((?: +\d+\.\d{3} +\|){5})"
+)
+
+
+def evaluated(shown: str) -> dict[str, list[float]]:
+    return {split: [float(cell) for cell in row.strip("|").split("|")] for split, row in TABLE.findall(shown)}
+
+
+@pytest.mark.parametrize(("task", "splits"), [("cuhk", ["val", "test"]), ("icfg", ["test"]), ("rstp", ["val", "test"])])
+def test_tables_are_printed_and_only_the_configuration_is_written(
+    task: str,
+    splits: list[str],
+    in_world: Path,
+    tmp_path: Path,
+    flags: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--evaluate", "--checkpoint", f"data/checkpoint/ft_{task}.pth"]
+    assert retrieval_main(flags(task, tmp_path / "out", *more)) == 0
+    shown = capsys.readouterr().out
+    assert list(evaluated(shown)) == splits
+    assert "combined as by 1 process(es)" in shown
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
+
+
+def test_evaluation_needs_neither_start_weights_nor_wordnet_nor_training_data(
+    world: Path,
+    tmp_path: Path,
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A folder with links to what an evaluation may read, and nothing else."""
+    for name in ("configs", "images"):
+        (tmp_path / name).symlink_to(world / name)
+    for name in ("finetune/cuhk_val.json", "finetune/cuhk_test.json", "bert-base-uncased/vocab.txt"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(world / "data" / name)
+    monkeypatch.chdir(tmp_path)
+    for task, checkpoint in (("cuhk", "ft_cuhk"), ("sda", "pretrain")):
+        more = ["--evaluate", "--checkpoint", str(world / f"data/checkpoint/{checkpoint}.pth")]
+        assert retrieval_main(flags(task, "out", *more)) == 0
+        assert list(evaluated(capsys.readouterr().out)) == ["val", "test"]
+
+
+def test_reports_are_written_when_asked_for(
+    in_world: Path, tmp_path: Path, flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--evaluate", "--report", "--checkpoint", "data/checkpoint/ft_cuhk.pth", "--score_world", "4"]
+    assert retrieval_main(flags("cuhk", tmp_path / "out", *more)) == 0
+    rows = evaluated(capsys.readouterr().out)
+    for split, row in rows.items():
+        report = read_evaluation(tmp_path / "out" / f"evaluation_{split}.json")
+        found = [round(report["metrics"]["t2i"][name], 3) for name in ("R1", "R5", "R10", "mAP", "mINP")]
+        assert found == row
+        assert report["settings"]["score_world"] == 4
+        assert (tmp_path / "out" / f"ranked_list_{split}.png").is_file()
