@@ -1,0 +1,24 @@
+"""Asking a chat model about many items: any OpenAI-compatible server, a journal that survives a kill, bounded retries.
+
+`ChatClient` sends one request after the other until there is an answer; `run` takes a `Job` (items, what to ask, what
+to make of an answer) through it. The `openai` package is a dependency of the packages that use this, and is imported
+when the first request is made.
+"""
+
+from tbps_common.llm.client import BadReply, ChatClient, ItemBudget, RequestFailed, ServerRefusal, require_api_key
+from tbps_common.llm.journal import Journal
+from tbps_common.llm.runner import Job, Outcome, Rejected, run
+
+__all__ = [
+    "BadReply",
+    "ChatClient",
+    "ItemBudget",
+    "Job",
+    "Journal",
+    "Outcome",
+    "Rejected",
+    "RequestFailed",
+    "ServerRefusal",
+    "require_api_key",
+    "run",
+]

@@ -1,0 +1,332 @@
+"""A chat model behind an OpenAI-compatible server: retries, deadlines and pacing around single requests."""
+
+import asyncio
+import math
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from tbps_common.errors import InputError
+
+Message = dict[str, Any]
+
+RETRIED_STATUS = (408, 409, 429)  # and every 5xx
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_SHOWN = 200
+_SHORTEST_SECRET = 8  # local servers take any text as key; a shorter one may occur in ordinary words
+
+
+class RequestFailed(Exception):
+    """No answer for this item; the message is the reason, in one line and without the key."""
+
+
+class BadReply(Exception):
+    """The server answered, but with nothing that can be used; asking again may help."""
+
+
+class ServerRefusal(InputError):
+    """The server refuses every request of this run: the key, the model's name or the account is wrong."""
+
+
+class Stopped(Exception):
+    """`ChatClient.stopping` was set before this request began."""
+
+
+class _Passing(Exception):
+    """A failure that the next try may not meet."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+@dataclass
+class ItemBudget:
+    """What one item may cost: seconds from its first request on, and retries of failed requests.
+
+    Attributes:
+        seconds: total, over all requests and pauses.
+        retries: left.
+        requests: made so far.
+    """
+
+    seconds: float
+    retries: int
+    requests: int = 0
+    _expires: float | None = field(default=None, repr=False)
+
+    def begin(self) -> None:
+        """Start the clock, at the first request."""
+        if self._expires is None:
+            self._expires = time.monotonic() + self.seconds
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left."""
+        return self.seconds if self._expires is None else self._expires - time.monotonic()
+
+
+def require_api_key(variable: str) -> str:
+    """The key out of the environment; it is never taken from a command line, where `ps` would show it.
+
+    Raises:
+        InputError: the variable is unset, empty, or holds what no HTTP header can carry (the message does not show it).
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(
+            f"the environment variable {variable} holds no key: export {variable}=... (a local server takes any text), "
+            "or name another variable with --api_key_env"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError(f"the environment variable {variable} holds spaces or special characters: copy the key again")
+    return key
+
+
+class ChatClient:
+    """Sends chat requests, at most `concurrency` at a time; use it as `async with`.
+
+    Tried again, with growing pauses or after the server's `Retry-After`: statuses 408, 409, 429 and 5xx, broken
+    connections, and requests without an answer after `timeout`. A pause holds no place: other items go on meanwhile.
+
+    Attributes:
+        model: name sent to the server.
+        concurrency: requests in flight, at most.
+        retries: made so far, over all items.
+        answers: received so far.
+        stopping: set it to begin no further request; those in flight may finish.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        deadline: float = 600.0,
+        max_retries: int = 6,
+        min_interval: float = 0.0,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check what can be checked without a request.
+
+        Args:
+            model: name of the model.
+            base_url: address up to and including `/v1`; None takes `OPENAI_BASE_URL`, or else OpenAI's own.
+            api_key_env: environment variable that holds the key.
+            concurrency: requests in flight, at most.
+            timeout: seconds for one request.
+            deadline: seconds for one item, over all its requests and pauses.
+            max_retries: retries of one item, at most.
+            min_interval: seconds between the starts of two requests, over all items.
+            sampling: further fields of the request, such as `temperature` or `max_tokens`; None values are left out.
+
+        Raises:
+            InputError: the key is missing, or the address is none.
+        """
+        self.model = model
+        self.concurrency = concurrency
+        self.retries = 0
+        self.answers = 0
+        self.stopping = False
+        self._key = require_api_key(api_key_env)
+        self._key_variable = api_key_env
+        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL", "").strip() or None
+        if self._base_url is not None:
+            _check_address(self._base_url)
+        self._timeout, self._deadline, self._max_retries = timeout, deadline, max_retries
+        self._min_interval, self._next_start = min_interval, 0.0
+        self._sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
+        self._random = random.Random()
+        self._openai: Any = None
+        self._client: Any = None
+        self._places: asyncio.Semaphore | None = None
+
+    def __repr__(self) -> str:
+        return f"ChatClient(model={self.model!r}, server={self.server!r})"
+
+    @property
+    def server(self) -> str:
+        """Address for messages: without user, password and query."""
+        if self._base_url is None:
+            return "the openai package's default server"
+        parts = urlsplit(self._base_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def budget(self) -> ItemBudget:
+        """A fresh budget for one item."""
+        return ItemBudget(self._deadline, self._max_retries)
+
+    async def __aenter__(self) -> "ChatClient":
+        import openai
+
+        self._openai = openai
+        # Retrying is ours: the package's own retries know neither the item's deadline nor our stop.
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key, base_url=self._base_url, timeout=self._timeout, max_retries=0
+        )
+        self._places = asyncio.Semaphore(self.concurrency)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def ask(self, messages: Sequence[Message], budget: ItemBudget) -> str:
+        """The text of the model's answer.
+
+        Args:
+            messages: `[{"role": "user", "content": ...}, ...]`.
+            budget: of the item; several questions about it share one.
+
+        Raises:
+            RequestFailed: there is no answer, and the budget is spent or trying again is of no use.
+            BadReply: the answer is empty, cut off, or not in the form of a chat completion.
+            ServerRefusal: no request of this run can succeed.
+            Stopped: `stopping` is set.
+        """
+        assert self._places is not None, "use the client as `async with`"
+        failures = 0
+        while True:
+            async with self._places:
+                if self.stopping:
+                    raise Stopped
+                await self._wait_for_turn()
+                budget.begin()
+                if budget.remaining <= 0:
+                    raise RequestFailed(f"no answer within the item's {budget.seconds:g} s")
+                budget.requests += 1
+                try:
+                    return await self._request(messages, min(self._timeout, budget.remaining))
+                except ServerRefusal:
+                    self.stopping = True
+                    raise
+                except _Passing as problem:
+                    passing = problem
+            if budget.retries <= 0:
+                raise RequestFailed(f"{passing}; no retry is left")
+            pause = self._pause(failures, passing.retry_after)
+            if pause >= budget.remaining:
+                raise RequestFailed(f"{passing}; the item's {budget.seconds:g} s leave no time to try again")
+            budget.retries -= 1
+            failures += 1
+            self.retries += 1
+            await asyncio.sleep(pause)
+
+    def _pause(self, failures: int, retry_after: float | None) -> float:
+        if retry_after is not None:
+            return retry_after * (1 + 0.1 * self._random.random())  # not everybody at the same moment
+        return min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE) * (0.5 + 0.5 * self._random.random())
+
+    async def _wait_for_turn(self) -> None:
+        if self._min_interval <= 0:
+            return
+        now = time.monotonic()
+        start = max(now, self._next_start)
+        self._next_start = start + self._min_interval
+        await asyncio.sleep(start - now)
+
+    async def _request(self, messages: Sequence[Message], seconds: float) -> str:
+        openai = self._openai
+        try:
+            async with asyncio.timeout(seconds):
+                completion = await self._client.chat.completions.create(
+                    model=self.model, messages=list(messages), **self._sampling
+                )
+        except TimeoutError:
+            raise _Passing(f"no answer within {seconds:.3g} s") from None
+        except openai.APIStatusError as error:
+            raise self._judge(error) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise _Passing(self._one_line(f"the connection failed ({type(cause).__name__}: {cause})")) from None
+        except (openai.APIResponseValidationError, ValueError) as error:
+            raise BadReply(f"the server's answer is no chat completion ({type(error).__name__})") from None
+        except openai.OpenAIError as error:
+            raise RequestFailed(self._one_line(f"{type(error).__name__}: {error}")) from None
+        return self._text(completion)
+
+    def _text(self, completion: Any) -> str:
+        """The answer's text out of whatever the server sent: the package checks no field of it."""
+        choices = getattr(completion, "choices", None)
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        text = getattr(getattr(choice, "message", None), "content", None)
+        if not isinstance(text, str):
+            raise BadReply("the server's answer is no chat completion (no text in choices[0].message.content)")
+        if getattr(choice, "finish_reason", None) == "length":
+            raise BadReply("the answer is cut off at --max_tokens")
+        if getattr(choice, "finish_reason", None) == "content_filter":
+            raise BadReply("the server's content filter cut the answer")
+        if not text.strip():
+            raise BadReply("the answer is empty")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadReply("the answer holds half of a surrogate pair") from None
+        if len(self._key) >= _SHORTEST_SECRET and self._key in text:
+            raise BadReply("the answer repeats the API key")
+        self.answers += 1
+        return text
+
+    def _judge(self, error: Any) -> Exception:
+        """What a refused request means for the item and for the run."""
+        status = int(error.status_code)
+        if status in (401, 403):
+            # The server's words are not repeated: they quote parts of the key.
+            return ServerRefusal(
+                f"{self.server} refuses the key (status {status}): check the environment variable {self._key_variable}"
+            )
+        body = error.body if isinstance(error.body, dict) else {}
+        said = body.get("message") or error.message or ""
+        reason = self._one_line(f"status {status}: {said}")
+        if status == 429 and "insufficient_quota" in (body.get("code"), body.get("type")):
+            return ServerRefusal(f"{self.server} says that the account's quota is used up: see to it, then run again")
+        if status == 404 and self.answers == 0:
+            return ServerRefusal(
+                f"{self.server} knows no such address or model ({reason}): check --base_url and --model"
+            )
+        if status in RETRIED_STATUS or status >= 500:
+            return _Passing(reason, _retry_after(error.response.headers))
+        return RequestFailed(reason)
+
+    def _one_line(self, text: str) -> str:
+        text = " ".join(text.split())
+        if len(self._key) >= _SHORTEST_SECRET:
+            text = text.replace(self._key, "[key]")
+        return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _check_address(address: str) -> None:
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(
+            "--base_url (or OPENAI_BASE_URL) is no address of a server: give one such as http://localhost:8000/v1"
+        )
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait, given as milliseconds, seconds or a date."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            except (ValueError, TypeError, OverflowError):
+                continue
+        if not math.isnan(seconds):
+            return max(0.0, seconds)
+    return None

@@ -1,0 +1,294 @@
+"""The chat client and the runner against servers on the loopback address: faults, kills, stops, secrets."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tbps_common.errors import InputError
+from tbps_common.llm import ChatClient, Job, Outcome, Rejected, run
+from tbps_common.llm.faults import FaultyServer
+from tbps_common.llm.practice_server import ChatHandler, PracticeServer
+
+pytest.importorskip("openai")
+
+CANARY = "sk-canary-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def echo(messages: list[dict[str, Any]]) -> str:
+    return f"answer to {messages[-1]['content']}"
+
+
+def number_job(count: int, parse: Any = None) -> Job[int]:
+    """Items 0..count-1; the record of an item holds its number and the answer."""
+    return Job(
+        items=range(count),
+        keys=lambda item: (item,),
+        record_key=lambda record: record.get("id"),
+        messages=lambda item: [{"role": "user", "content": f"question {item}"}],
+        parse=parse or (lambda item, answer: {"id": item, "answer": answer}),
+        describe=lambda item: {"id": item},
+        order=lambda record: record["id"],
+    )
+
+
+def client(url: str, **settings: Any) -> ChatClient:
+    return ChatClient("tiny", base_url=url, **{"concurrency": 8, "timeout": 2.0, **settings})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def steady() -> Iterator[FaultyServer]:
+    with FaultyServer(echo, share=0.0) as server:
+        yield server
+
+
+def test_every_item_once_and_in_order_despite_mixed_faults(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out.jsonl"
+    with FaultyServer(echo, share=0.2, hang=0.6, retry_after="0.1", seed=3) as server:
+        outcome = run(number_job(200), client(server.url, timeout=0.5), output, tries=5)
+    assert outcome.exit_status == 0 and outcome.done == 200
+    assert lines(output) == [{"id": n, "answer": f"answer to question {n}"} for n in range(200)]
+    assert len(server.met) == 7 and server.requests == 200 + server.met.total()
+    assert server.most_at_once <= 8 + server.met["hang"]  # the server notices late that a hanging request was dropped
+    assert not list(output.parent.glob("out.jsonl.*"))
+
+
+def test_requests_in_flight_reach_the_limit_and_stay_in_it(tmp_path: Path) -> None:
+    with FaultyServer(echo, share=0.0, latency=0.05) as server:
+        run(number_job(40), client(server.url, concurrency=5), tmp_path / "out.jsonl")
+    assert server.most_at_once == 5
+
+
+def test_a_second_run_asks_for_the_rest_only_and_mends_a_torn_line(steady: FaultyServer, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    stored = [{"id": 3, "answer": "kept"}, {"id": 1, "answer": "kept"}]
+    torn = '{"id": 2, "answer": "half'
+    output.write_text("".join(json.dumps(record) + "\n" for record in stored) + torn, encoding="utf-8")
+    said: list[str] = []
+    outcome = run(number_job(5), client(steady.url), output, say=said.append)
+    assert (outcome.kept, outcome.done, steady.requests) == (2, 3, 3)
+    assert [record["id"] for record in lines(output)] == [0, 1, 2, 3, 4]
+    assert lines(output)[1]["answer"] == "kept" and "cut short" in said[0]
+    outcome = run(number_job(5), client(steady.url), output)
+    assert outcome.kept == 5 and outcome.exit_status == 0 and steady.requests == 3
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(steady: FaultyServer, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"id": 0, "answer": "kept"}', encoding="utf-8")
+    assert run(number_job(2), client(steady.url), output).kept == 1
+    assert [record["answer"] for record in lines(output)] == ["kept", "answer to question 1"]
+
+
+def test_unreadable_lines_stay_at_the_top(steady: FaultyServer, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    odd = b"__import__('os').abort()\n\xff\xfe\n[1, 2]\n"
+    output.write_bytes(b'{"id": 1, "answer": "kept"}\n' + odd)
+    said: list[str] = []
+    run(number_job(2), client(steady.url), output, say=said.append)
+    assert "3 lines cannot be read" in said[0]
+    assert output.read_bytes().startswith(odd)
+    assert [json.loads(line)["id"] for line in output.read_bytes()[len(odd) :].splitlines()] == [0, 1]
+
+
+def test_rejected_answers_are_asked_again_then_kept_aside(steady: FaultyServer, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def picky(item: int, answer: str) -> dict[str, Any]:
+        if item == 2:
+            raise Rejected("no number two")
+        return {"id": item, "answer": answer}
+
+    outcome = run(number_job(4, picky), client(steady.url), output, tries=3)
+    assert (outcome.done, outcome.rejected, outcome.exit_status) == (3, 1, 1)
+    assert steady.asked["question 2"] == 3
+    (entry,) = lines(tmp_path / "out.jsonl.rejected.jsonl")
+    assert (entry["id"], entry["reason"], entry["reply"]) == (2, "no number two", "answer to question 2")
+    assert run(number_job(4), client(steady.url), output).exit_status == 0
+    assert not (tmp_path / "out.jsonl.rejected.jsonl").exists()
+
+
+def test_an_item_that_changes_from_rejected_to_failed_stands_in_one_side_file(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.failed.jsonl").write_text('{"id": 0, "reason": "old"}\n', encoding="utf-8")
+    with FaultyServer(echo, share=1.0, faults=("empty",)) as server:
+        run(number_job(1), client(server.url), output)
+    assert not (tmp_path / "out.jsonl.failed.jsonl").exists()
+    assert [entry["reason"] for entry in lines(tmp_path / "out.jsonl.rejected.jsonl")] == ["the answer is empty"]
+
+
+@pytest.mark.parametrize("fault", ["rate_limit", "server_error", "reset", "hang"])
+def test_passing_failures_are_repeated_as_often_as_allowed(fault: str, tmp_path: Path) -> None:
+    with FaultyServer(echo, share=1.0, faults=(fault,), hang=0.5, retry_after="0.05") as server:
+        outcome = run(number_job(1), client(server.url, max_retries=2, timeout=0.2), tmp_path / "out.jsonl")
+    assert server.requests == 3 and outcome.retries == 2 and outcome.failed == 1
+    (entry,) = lines(tmp_path / "out.jsonl.failed.jsonl")
+    assert entry["requests"] == 3 and "no retry is left" in entry["reason"]
+
+
+@pytest.mark.parametrize("header", ["0.7", "date"])
+def test_retry_after_is_obeyed(header: str, tmp_path: Path) -> None:
+    from email.utils import formatdate
+
+    value = formatdate(time.time() + 2, usegmt=True) if header == "date" else header
+
+    class Once(FaultyServer):
+        def choose(self, messages: Any) -> str | None:
+            super().choose(messages)
+            return "rate_limit" if self.requests == 1 else None
+
+    with Once(echo, share=0.0, retry_after=value) as server:
+        started = time.perf_counter()
+        outcome = run(number_job(1), client(server.url), tmp_path / "out.jsonl")
+    assert outcome.done == 1 and time.perf_counter() - started > 0.65
+
+
+def test_an_item_ends_at_its_deadline(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    with FaultyServer(echo, share=1.0, faults=("rate_limit",), retry_after="30") as server:
+        outcome = run(number_job(1), client(server.url, deadline=3.0), tmp_path / "out.jsonl")
+    assert outcome.failed == 1 and server.requests == 1 and time.perf_counter() - started < 10
+    assert "leave no time" in lines(tmp_path / "out.jsonl.failed.jsonl")[0]["reason"]
+
+
+class _Refusing(ChatHandler):
+    """Refuses with the status in the question, quoting the key as careless servers do."""
+
+    def respond(self, request: dict[str, Any], messages: Any) -> None:
+        with self.practice.lock:
+            self.practice.answers += 1
+        status = int(messages[-1]["content"].split()[-1])
+        self.send_json(status, {"error": {"message": f"refused {self.headers['Authorization']}", "code": "x"}})
+
+
+def refusal_job(status: int, count: int = 3) -> Job[int]:
+    job = number_job(count)
+    return Job(**{**vars(job), "messages": lambda item: [{"role": "user", "content": f"fail with {status}"}]})
+
+
+@pytest.mark.parametrize("status, stops", [(401, True), (403, True), (404, True), (400, False), (422, False)])
+def test_refusals_are_not_repeated_and_never_show_the_key(status: int, stops: bool, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with PracticeServer(echo, handler=_Refusing) as server:
+        outcome = run(refusal_job(status), client(server.url, concurrency=1), output)
+    assert server.answers == (1 if stops else 3)
+    assert outcome.exit_status == (2 if stops else 1)
+    written = "".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    assert CANARY not in written + str(outcome)
+    if stops:
+        assert outcome.refusal and ("OPENAI_API_KEY" in outcome.refusal or "--model" in outcome.refusal)
+    else:
+        assert f"status {status}" in written and "[key]" in written
+
+
+def test_a_server_that_is_down_ends_the_run(tmp_path: Path) -> None:
+    with PracticeServer(echo) as server:
+        url = server.url
+    outcome = run(number_job(100), client(url, max_retries=0), tmp_path / "out.jsonl", give_up_after=5)
+    assert outcome.exit_status == 2 and outcome.failed < 60
+    assert outcome.refusal and "in a row got no answer" in outcome.refusal
+
+
+def test_min_interval_spaces_the_requests(steady: FaultyServer, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    run(number_job(4), client(steady.url, min_interval=0.2), tmp_path / "out.jsonl")
+    assert time.perf_counter() - started >= 0.6
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_cleanly(number: int, status: int, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with FaultyServer(echo, share=0.0, latency=0.05) as server:
+        threading.Timer(0.6, os.kill, (os.getpid(), number)).start()
+        outcome = run(number_job(2000), client(server.url), output)
+        assert outcome.exit_status == status and 0 < outcome.done < 2000
+        assert [record["id"] for record in lines(output)] == sorted(record["id"] for record in lines(output))
+        assert server.requests == outcome.done  # what was in flight was waited for
+
+
+def test_a_signal_does_not_wait_for_a_hanging_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tbps_common.llm.runner._GRACE_SECONDS", 0.3)
+    with FaultyServer(echo, share=1.0, faults=("hang",), hang=20.0) as server:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.perf_counter()
+        outcome = run(number_job(20), client(server.url, timeout=30.0), tmp_path / "out.jsonl")
+    assert outcome.exit_status == 130 and time.perf_counter() - started < 8
+
+
+def test_two_runs_cannot_write_the_same_file(steady: FaultyServer, tmp_path: Path) -> None:
+    from tbps_common.llm import Journal
+
+    with Journal(tmp_path / "out.jsonl"), pytest.raises(InputError, match="another run"):
+        run(number_job(1), client(steady.url), tmp_path / "out.jsonl")
+
+
+def test_a_record_that_cannot_be_written_leaves_the_others_whole(steady: FaultyServer, tmp_path: Path) -> None:
+    import resource
+
+    output = tmp_path / "out.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        with pytest.raises(OSError) as caught:
+            run(number_job(50), client(steady.url, concurrency=1), output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(output)
+    assert 0 < len(lines(output)) < 50 and output.read_bytes().endswith(b"\n")
+    assert run(number_job(50), client(steady.url), output).exit_status == 0
+    assert [record["id"] for record in lines(output)] == list(range(50))
+
+
+@pytest.mark.parametrize(
+    "value, said", [("", "holds no key"), ("  ", "holds no key"), (f"{CANARY} x", "spaces"), (f"{CANARY}é", "special")]
+)
+def test_a_missing_or_broken_key_is_said_without_showing_it(
+    value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", value)
+    with pytest.raises(InputError, match=said) as caught:
+        ChatClient("tiny", base_url="http://127.0.0.1:1/v1", api_key_env="SOME_KEY")
+    assert "SOME_KEY" in str(caught.value) and CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["localhost:8000", "ftp://x/v1", "http://", "http://x:99999/v1", "http://[::1"])
+def test_an_address_that_is_none_is_refused_at_once(address: str) -> None:
+    with pytest.raises(InputError, match="no address of a server"):
+        ChatClient("tiny", base_url=address)
+
+
+def test_an_address_is_shown_without_its_password() -> None:
+    shown = client("http://user:secret@127.0.0.1:9/v1?token=secret").server
+    assert shown == "http://127.0.0.1:9/v1"
+
+
+def test_a_cut_off_answer_is_asked_again(tmp_path: Path) -> None:
+    class Cut(ChatHandler):
+        def respond(self, request: dict[str, Any], messages: Any) -> None:
+            self.send_answer(request, "half of a", finish_reason="length" if self.practice.answers < 1 else "stop")
+
+    with PracticeServer(echo, handler=Cut) as server:
+        outcome = run(number_job(1), client(server.url), tmp_path / "out.jsonl")
+    assert outcome.done == 1 and server.answers == 2
+
+
+def test_outcome_without_items_is_a_success() -> None:
+    assert Outcome(0, 0).exit_status == 0
