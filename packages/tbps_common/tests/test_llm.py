@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tbps_common.errors import InputError
-from tbps_common.llm import ChatClient, Job, Outcome, Rejected, run
+from tbps_common.llm import ChatClient, Conversation, Conversations, Job, Outcome, Rejected, ask_once, run
 from tbps_common.llm.faults import FaultyServer
 from tbps_common.llm.practice_server import ChatHandler, PracticeServer
 
@@ -159,6 +159,36 @@ def test_retry_after_is_obeyed(header: str, tmp_path: Path) -> None:
     assert outcome.done == 1 and time.perf_counter() - started > 0.65
 
 
+def test_waits_are_understood_as_numbers_and_dates() -> None:
+    from tbps_common.llm.client import _retry_after
+
+    assert _retry_after({"retry-after": "1.5"}) == 1.5 and _retry_after({"retry-after-ms": "250"}) == 0.25
+    assert _retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert (_retry_after({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}) or 0) > 1e6
+    for nonsense in ({"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": ""}, {}):
+        assert _retry_after(nonsense) is None
+
+
+def test_a_server_that_keeps_saying_429_is_left_alone_by_everybody(tmp_path: Path) -> None:
+    class Limited(FaultyServer):
+        """Answers ten requests a second; after the tenth it says 429 until the second is over."""
+
+        window, left = 0.0, 10
+
+        def choose(self, messages: Any) -> str | None:
+            super().choose(messages)
+            with self.lock:
+                if time.monotonic() - self.window > 1:
+                    self.window, self.left = time.monotonic(), 10
+                self.left -= 1
+                return "rate_limit" if self.left < 0 else None
+
+    with Limited(echo, share=0.0, retry_after="1.05") as server:
+        outcome = run(number_job(40), client(server.url, max_retries=3), tmp_path / "out.jsonl")
+    assert outcome.done == 40
+    assert server.requests <= 40 + 3 * 8  # in each pause, what was in flight when it began
+
+
 def test_an_item_ends_at_its_deadline(tmp_path: Path) -> None:
     started = time.perf_counter()
     with FaultyServer(echo, share=1.0, faults=("rate_limit",), retry_after="30") as server:
@@ -288,6 +318,74 @@ def test_a_cut_off_answer_is_asked_again(tmp_path: Path) -> None:
     with PracticeServer(echo, handler=Cut) as server:
         outcome = run(number_job(1), client(server.url), tmp_path / "out.jsonl")
     assert outcome.done == 1 and server.answers == 2
+
+
+def test_a_conversation_goes_on_from_the_answers_before(tmp_path: Path) -> None:
+    """Three questions per item, the third asked again with a remark until its answer fits; all or nothing is stored."""
+
+    def answer(messages: list[dict[str, Any]]) -> str:
+        said = messages[-1]["content"]
+        return f"{said}!" if said.startswith(("again", "item")) else f"answer to {said}"
+
+    def third(text: str) -> str:
+        if not text.startswith("again"):
+            raise Rejected("it does not begin with again", remark="again")
+        return text
+
+    async def converse(item: int, conversation: Conversation) -> dict[str, Any]:
+        first = await conversation.ask([{"role": "user", "content": f"item {item}"}], str)
+        second = await conversation.ask([{"role": "user", "content": first}], str)
+        return {"id": item, "all": [first, second, await conversation.ask([{"role": "user", "content": "3"}], third)]}
+
+    job = number_job(30)
+    common = {name: getattr(job, name) for name in ("items", "keys", "record_key", "describe", "order")}
+    talks = Conversations(**common, converse=converse)
+    with FaultyServer(answer, share=0.2, hang=0.6, retry_after="0.05", seed=5) as server:
+        outcome = run(talks, client(server.url, timeout=0.5), tmp_path / "out.jsonl", tries=6)
+        assert outcome.done == 30 and server.requests == 30 * 4 + server.met.total()
+        asked = server.requests
+        assert run(talks, client(server.url), tmp_path / "out.jsonl").kept == 30 and server.requests == asked
+    assert lines(tmp_path / "out.jsonl") == [
+        {"id": n, "all": [f"item {n}!", f"item {n}!!", "again!"]} for n in range(30)
+    ]
+
+
+def test_a_conversation_that_breaks_off_is_kept_aside(tmp_path: Path) -> None:
+    async def converse(item: int, conversation: Conversation) -> dict[str, Any]:
+        await conversation.ask([{"role": "user", "content": "good"}], str)
+        return await conversation.ask([{"role": "user", "content": "bad"}], never)
+
+    def never(text: str) -> dict[str, Any]:
+        raise Rejected("nothing will do")
+
+    job = number_job(2)
+    common = {name: getattr(job, name) for name in ("items", "keys", "record_key", "describe", "order")}
+    with FaultyServer(echo, share=0.0) as server:
+        outcome = run(Conversations(**common, converse=converse), client(server.url), tmp_path / "out.jsonl", tries=2)
+    assert outcome.rejected == 2 and outcome.exit_status == 1 and lines(tmp_path / "out.jsonl") == []
+    (entry, _) = lines(tmp_path / "out.jsonl.rejected.jsonl")
+    assert entry == {"id": 0, "reason": "nothing will do", "requests": 3, "reply": "answer to bad"}
+
+
+def test_a_single_question(steady: FaultyServer) -> None:
+    asker = client(steady.url)
+    for _ in range(2):  # a client can be used again
+        assert ask_once(asker, [{"role": "user", "content": "who?"}], str) == "answer to who?"
+
+    def reject(text: str) -> str:
+        raise Rejected("no")
+
+    with pytest.raises(Rejected, match="no"):
+        ask_once(asker, [{"role": "user", "content": "who?"}], reject, tries=2)
+    assert steady.requests == 4
+
+
+def test_a_server_of_ones_own_may_do_without_a_key(steady: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert ask_once(client(steady.url, key_optional=True), [{"role": "user", "content": "?"}], str) == "answer to ?"
+    with pytest.raises(InputError, match="OPENAI_API_KEY"):
+        ChatClient("tiny", key_optional=True)
 
 
 def test_outcome_without_items_is_a_success() -> None:

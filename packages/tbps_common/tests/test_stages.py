@@ -83,6 +83,15 @@ def test_other_settings_are_refused(tmp_path):
         stage(tmp_path)
 
 
+def test_a_run_without_a_record_binds_nobody(tmp_path):
+    def failing(batch):
+        raise InputError("no such model")
+
+    with pytest.raises(InputError, match="no such model"):
+        stage(tmp_path, process=failing)
+    assert stage(tmp_path, settings={"power": 3}).kept == 7
+
+
 def test_shards_together_are_the_whole(tmp_path):
     stage(tmp_path / "whole")
     parts = tmp_path / "parts"

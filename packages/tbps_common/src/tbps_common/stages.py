@@ -222,7 +222,9 @@ def begin_manifest(output: str | Path, settings: Record, notes: Record | None = 
     path = manifest_path(output)
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     earlier: Record = {}
-    if path.exists():
+    begun = any(_holds_something(file) for file in (Path(output), Path(f"{output}.dropped.jsonl")))
+    # A run that failed before its first record binds nobody to its settings.
+    if path.exists() and begun:
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             made_with = dict(earlier["settings"])
@@ -237,9 +239,13 @@ def begin_manifest(output: str | Path, settings: Record, notes: Record | None = 
                 f"{output} was begun with {name}={made_with.get(name)!r}, and this run has {name}={settings.get(name)!r}"
                 f"{' (and others differ)' if len(names) > 1 else ''}: use the same settings, or another folder"
             )
-    elif Path(output).exists() and Path(output).stat().st_size:
+    elif begun:
         raise InputError(f"{output} has no {path.name}: it is not from this command; move it away")
     write_json(path, {**earlier, "settings": settings, **(notes or {}), "finished": False})
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def finish_manifest(

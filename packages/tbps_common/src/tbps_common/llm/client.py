@@ -17,7 +17,9 @@ Message = dict[str, Any]
 
 RETRIED_STATUS = (408, 409, 429)  # and every 5xx
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_POLL_SECONDS = 0.1
 _SHOWN = 200
+_NO_KEY = "none"  # the openai package insists on one
 _SHORTEST_SECRET = 8  # local servers take any text as key; a shorter one may occur in ordinary words
 
 
@@ -40,9 +42,9 @@ class Stopped(Exception):
 class _Passing(Exception):
     """A failure that the next try may not meet."""
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None, *, limit: bool = False) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after
+        self.retry_after, self.limit = retry_after, limit
 
 
 @dataclass
@@ -92,7 +94,8 @@ class ChatClient:
     """Sends chat requests, at most `concurrency` at a time; use it as `async with`.
 
     Tried again, with growing pauses or after the server's `Retry-After`: statuses 408, 409, 429 and 5xx, broken
-    connections, and requests without an answer after `timeout`. A pause holds no place: other items go on meanwhile.
+    connections, and requests without an answer after `timeout`. A pause holds no place: other items go on meanwhile, unless
+    the server says 429 with a `Retry-After` twice without an answer between: then all wait, for the limit is the account's.
 
     Attributes:
         model: name sent to the server.
@@ -114,6 +117,7 @@ class ChatClient:
         max_retries: int = 6,
         min_interval: float = 0.0,
         sampling: Mapping[str, Any] | None = None,
+        key_optional: bool = False,
     ) -> None:
         """Check what can be checked without a request.
 
@@ -127,6 +131,7 @@ class ChatClient:
             max_retries: retries of one item, at most.
             min_interval: seconds between the starts of two requests, over all items.
             sampling: further fields of the request, such as `temperature` or `max_tokens`; None values are left out.
+            key_optional: a server with an address of its own may do without a key.
 
         Raises:
             InputError: the key is missing, or the address is none.
@@ -136,13 +141,15 @@ class ChatClient:
         self.retries = 0
         self.answers = 0
         self.stopping = False
-        self._key = require_api_key(api_key_env)
-        self._key_variable = api_key_env
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL", "").strip() or None
+        without = key_optional and self._base_url is not None and not os.environ.get(api_key_env, "").strip()
+        self._key = _NO_KEY if without else require_api_key(api_key_env)
+        self._key_variable = api_key_env
         if self._base_url is not None:
             _check_address(self._base_url)
         self._timeout, self._deadline, self._max_retries = timeout, deadline, max_retries
         self._min_interval, self._next_start = min_interval, 0.0
+        self._limits, self._not_before = 0, 0.0
         self._sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
         self._random = random.Random()
         self._openai: Any = None
@@ -198,6 +205,8 @@ class ChatClient:
                 if self.stopping:
                     raise Stopped
                 await self._wait_for_turn()
+                if self.stopping:
+                    raise Stopped
                 budget.begin()
                 if budget.remaining <= 0:
                     raise RequestFailed(f"no answer within the item's {budget.seconds:g} s")
@@ -214,6 +223,10 @@ class ChatClient:
             pause = self._pause(failures, passing.retry_after)
             if pause >= budget.remaining:
                 raise RequestFailed(f"{passing}; the item's {budget.seconds:g} s leave no time to try again")
+            if passing.limit and passing.retry_after is not None:
+                self._limits += 1
+                if self._limits > 1:
+                    self._not_before = max(self._not_before, time.monotonic() + passing.retry_after)
             budget.retries -= 1
             failures += 1
             self.retries += 1
@@ -225,6 +238,8 @@ class ChatClient:
         return min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE) * (0.5 + 0.5 * self._random.random())
 
     async def _wait_for_turn(self) -> None:
+        while (left := self._not_before - time.monotonic()) > 0 and not self.stopping:
+            await asyncio.sleep(min(left, _POLL_SECONDS))
         if self._min_interval <= 0:
             return
         now = time.monotonic()
@@ -260,7 +275,7 @@ class ChatClient:
         if not isinstance(text, str):
             raise BadReply("the server's answer is no chat completion (no text in choices[0].message.content)")
         if getattr(choice, "finish_reason", None) == "length":
-            raise BadReply("the answer is cut off at --max_tokens")
+            raise BadReply("the answer is cut off: it is longer than max_tokens")
         if getattr(choice, "finish_reason", None) == "content_filter":
             raise BadReply("the server's content filter cut the answer")
         if not text.strip():
@@ -272,6 +287,7 @@ class ChatClient:
         if len(self._key) >= _SHORTEST_SECRET and self._key in text:
             raise BadReply("the answer repeats the API key")
         self.answers += 1
+        self._limits = 0
         return text
 
     def _judge(self, error: Any) -> Exception:
@@ -292,7 +308,7 @@ class ChatClient:
                 f"{self.server} knows no such address or model ({reason}): check --base_url and --model"
             )
         if status in RETRIED_STATUS or status >= 500:
-            return _Passing(reason, _retry_after(error.response.headers))
+            return _Passing(reason, _retry_after(error.response.headers), limit=status == 429)
         return RequestFailed(reason)
 
     def _one_line(self, text: str) -> str:

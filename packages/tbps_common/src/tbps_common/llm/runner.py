@@ -2,30 +2,95 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from tbps_common.llm.client import BadReply, ChatClient, Message, RequestFailed, ServerRefusal, Stopped
 from tbps_common.llm.journal import Journal, Record
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
 Fate = Literal["kept", "done", "rejected", "failed"]
 
-# Items begun but not finished, per request in flight: while one waits out a pause, others use its place.
-_OPEN_PER_PLACE = 4
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 
 
 class Rejected(Exception):
-    """Raised by `Job.parse`: the answer cannot be used, for the reason given; the item is asked again."""
+    """The answer cannot be used, for the reason given; the same is asked again.
+
+    Args:
+        reason: for the side file.
+        remark: what to tell the model with the next try; without it the same messages are sent again.
+    """
+
+    def __init__(self, reason: str, remark: str | None = None) -> None:
+        super().__init__(reason)
+        self.remark = remark
 
 
-@dataclass(frozen=True)
-class Job(Generic[Item]):
-    """Items, what to ask about each, and what to make of the answer.
+class Conversation:
+    """Questions about one item, one after the other; all of them together have the item's time.
+
+    Attributes:
+        last_answer: newest text of the model, accepted or not; None before the first.
+        requests: made so far.
+    """
+
+    def __init__(self, client: ChatClient, tries: int) -> None:
+        self._client, self._tries = client, tries
+        self._budget = client.budget()
+        self._retries = self._budget.retries
+        self.last_answer: str | None = None
+
+    @property
+    def requests(self) -> int:
+        return self._budget.requests
+
+    async def ask(self, messages: Sequence[Message], accept: Callable[[str], Value]) -> Value:
+        """One question.
+
+        Args:
+            messages: to the model.
+            accept: what to make of the answer; raises `Rejected`, and the question is asked again.
+
+        Raises:
+            Rejected: so were the answers of all tries.
+            BadReply: the last try had no answer in it.
+            RequestFailed: there is no answer.
+            ServerRefusal: no request of this run can succeed.
+        """
+        self._budget.retries = self._retries
+        question = list(messages)
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                self.last_answer = await self._client.ask(question, self._budget)
+                return accept(self.last_answer)
+            except (Rejected, BadReply) as problem:
+                if tries >= self._tries:
+                    raise
+                if isinstance(problem, Rejected) and problem.remark is not None:
+                    question = [*messages, {"role": "user", "content": problem.remark}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work(Generic[Item]):
+    items: Sequence[Item]
+    keys: Callable[[Item], Sequence[Hashable]]
+    record_key: Callable[[Record], Hashable | None]
+    describe: Callable[[Item], Record]
+    order: Callable[[Record], Any]
+    # Items begun but not finished, per request in flight: while one waits out a pause, others use its place.
+    open_per_place: ClassVar[int] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(_Work[Item]):
+    """Items, the one question about each, and what to make of the answer.
 
     Attributes:
         items: in the order in which they are asked and written.
@@ -37,13 +102,27 @@ class Job(Generic[Item]):
         order: sorts the finished output.
     """
 
-    items: Sequence[Item]
-    keys: Callable[[Item], Sequence[Hashable]]
-    record_key: Callable[[Record], Hashable | None]
     messages: Callable[[Item], list[Message]]
     parse: Callable[[Item, str], Record]
-    describe: Callable[[Item], Record]
-    order: Callable[[Record], Any]
+
+    async def converse(self, item: Item, conversation: Conversation) -> Record:
+        """Ask the one question."""
+        return await conversation.ask(self.messages(item), lambda answer: self.parse(item, answer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversations(_Work[Item]):
+    """Items with several questions about each, where a question may depend on the answers before.
+
+    Attributes:
+        converse: asks what there is to ask about an item, and returns the record to store.
+
+    The others are those of `Job`.
+    """
+
+    open_per_place: ClassVar[int] = 1  # what is begun is lost by a kill, and a conversation is long
+
+    converse: Callable[[Item, Conversation], Awaitable[Record]]
 
 
 @dataclass
@@ -88,7 +167,7 @@ class Outcome:
 
 
 def run(
-    job: Job[Item],
+    job: Job[Item] | Conversations[Item],
     client: ChatClient,
     output: str | Path,
     *,
@@ -108,7 +187,7 @@ def run(
         job: the items.
         client: not yet entered.
         output: JSON-lines file.
-        tries: questions per item, at most, while its answers are rejected.
+        tries: how often one question is asked, at most, while its answers are rejected.
         give_up_after: stop when so many items in a row got no answer: the server is down, or refuses them all.
         settled: called for every item that has a record ("kept", at the start) or that this run finished, with how.
         say: shows a sentence.
@@ -152,12 +231,37 @@ def run(
     return outcome
 
 
+def ask_once(
+    client: ChatClient, messages: Sequence[Message], accept: Callable[[str], Value], *, tries: int = 3
+) -> Value:
+    """One question outside of a run, waited for.
+
+    Args:
+        client: not yet entered; it may be used again.
+        messages: to the model.
+        accept: what to make of the answer; raises `Rejected`.
+        tries: how often it is asked, at most, while its answers are rejected.
+
+    Raises:
+        Rejected: so were the answers of all tries.
+        BadReply: the last try had no answer in it.
+        RequestFailed: there is no answer.
+        ServerRefusal: no request to this server can succeed.
+    """
+
+    async def once() -> Value:
+        async with client:
+            return await Conversation(client, tries).ask(messages, accept)
+
+    return asyncio.run(once())
+
+
 class _Attempt(Generic[Item]):
     """One run's workers and what they share."""
 
     def __init__(
         self,
-        job: Job[Item],
+        job: Job[Item] | Conversations[Item],
         client: ChatClient,
         journal: Journal,
         sides: dict[str, Journal],
@@ -183,7 +287,7 @@ class _Attempt(Generic[Item]):
             total=self.outcome.items, initial=self.outcome.kept, unit=self.unit, dynamic_ncols=True, disable=None
         )
         async with self.client:
-            count = min(len(waiting), self.client.concurrency * _OPEN_PER_PLACE)
+            count = min(len(waiting), self.client.concurrency * self.job.open_per_place)
             running = {asyncio.create_task(self._work(items, progress)) for _ in range(count)}
             leave_at: float | None = None
             try:
@@ -225,18 +329,15 @@ class _Attempt(Generic[Item]):
 
     async def _settle(self, item: Item) -> tuple[Fate, Record]:
         """Ask until there is a record or the item's budget is spent."""
-        budget = self.client.budget()
-        reason, answer = "", None
-        for _ in range(self.tries):
-            try:
-                answer = await self.client.ask(self.job.messages(item), budget)
-                return "done", self.job.parse(item, answer)
-            except (Rejected, BadReply) as rejection:
-                reason = str(rejection)
-            except RequestFailed as failure:
-                return "failed", {**self.job.describe(item), "reason": str(failure), "requests": budget.requests}
-        entry = {**self.job.describe(item), "reason": reason, "requests": budget.requests}
-        return "rejected", entry if answer is None else {**entry, "reply": answer}
+        conversation = Conversation(self.client, self.tries)
+        try:
+            return "done", await self.job.converse(item, conversation)
+        except (Rejected, BadReply, RequestFailed) as problem:
+            entry = {**self.job.describe(item), "reason": str(problem), "requests": conversation.requests}
+            if isinstance(problem, RequestFailed):
+                return "failed", entry
+            answer = conversation.last_answer
+            return "rejected", entry if answer is None else {**entry, "reply": answer}
 
     def _note(self, fate: Fate, entry: Record) -> None:
         (self.journal if fate == "done" else self.sides[fate]).append(entry)
@@ -250,7 +351,9 @@ class _Attempt(Generic[Item]):
             )
 
 
-def _tidy(job: Job[Any], journal: Journal, sides: dict[str, Journal], earlier: list[tuple[str, Record]]) -> None:
+def _tidy(
+    job: Job[Any] | Conversations[Any], journal: Journal, sides: dict[str, Journal], earlier: list[tuple[str, Record]]
+) -> None:
     """Keep in the side files the newest entry of every item that still has no record."""
     settled = {job.record_key(record) for record in journal.records}
     # This run settles an item once, so its entries replace all earlier ones, whichever file they are in.
