@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbps_common.arguments import HelpFormatter, whole_number
+from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ MASK, RESERVED, PAD = "<|reserved_special_token_0|>", "<|reserved_special_token_
 SPECIALS = (BOS, EOS, MASK, RESERVED, PAD)
 # Llama 3 cuts text here before it joins bytes to tokens.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# With the library's 0.02 such narrow towers give all pictures, and all dialogues, nearly the same feature at the start.
+INITIALIZER_RANGE = 0.1
 _BYTES = 256
 
 
@@ -43,10 +45,36 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--image_size", type=whole_number(16), nargs=2, default=[96, 48], metavar=("H", "W"), help="in pixels"
     )
+    swin = parser.add_argument_group("SwinV2")
+    swin.add_argument("--patch_size", type=whole_number(1), default=4, help="side of a patch, in pixels")
+    swin.add_argument("--embed_dim", type=whole_number(1), default=16, help="width of the first stage")
+    swin.add_argument("--depths", type=whole_number(1), nargs="+", default=[1, 2, 1, 1], help="layers of every stage")
+    swin.add_argument("--num_heads", type=whole_number(1), nargs="+", default=[2, 2, 4, 4], help="heads of every stage")
+    swin.add_argument("--window_size", type=whole_number(1), default=4, help="side of a window, in patches")
+    parser.add_argument(
+        "--logit_scale", type=number(0, above=True), default=50.0, help="inverse temperature at the start"
+    )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
     flags = parser.parse_args(argv)
+    if len(flags.depths) != len(flags.num_heads):
+        raise InputError(
+            f"--depths names {len(flags.depths)} stages and --num_heads {len(flags.num_heads)}: give one number per stage"
+        )
+    for stage, heads in enumerate(flags.num_heads):
+        if flags.embed_dim * 2**stage % heads:
+            raise InputError(
+                f"--num_heads: {heads} does not divide {flags.embed_dim * 2**stage}, the width of stage {stage + 1}"
+            )
     words = read_lexicon(flags.lexicon)
-    vocabulary = write_tiny(Path(flags.out), words, flags.vocab_size, tuple(flags.image_size), flags.seed)
+    vision = {
+        "embed_dim": flags.embed_dim,
+        "depths": flags.depths,
+        "num_heads": flags.num_heads,
+        "window_size": flags.window_size,
+        "patch_size": flags.patch_size,
+        "image_size": flags.image_size,
+    }
+    vocabulary = write_tiny(Path(flags.out), words, flags.vocab_size, vision, flags.logit_scale, flags.seed)
     print(f"wrote {flags.out}: swinv2-tiny, llama-tiny ({vocabulary} tokens), configs/config.json")
     return 0
 
@@ -71,14 +99,17 @@ def read_lexicon(path: str | None) -> list[str]:
     return words
 
 
-def write_tiny(out: Path, words: list[str], vocab_size: int, image_size: tuple[int, ...], seed: int) -> int:
+def write_tiny(
+    out: Path, words: list[str], vocab_size: int, vision: dict[str, Any], logit_scale: float, seed: int
+) -> int:
     """Write the three folders.
 
     Args:
         out: folder that receives them.
         words: the tokenizer learns from.
         vocab_size: most entries of the tokenizer, special ones included.
-        image_size: height and width in pixels.
+        vision: sizes of SwinV2, in the names of its configuration.
+        logit_scale: inverse temperature at the start.
         seed: of the random weights.
 
     Returns:
@@ -93,15 +124,11 @@ def write_tiny(out: Path, words: list[str], vocab_size: int, image_size: tuple[i
     logging.disable_progress_bar()
     tokenizer = tiny_tokenizer(words, vocab_size)
     vision = {
-        "embed_dim": 16,
-        "depths": [1, 2, 1, 1],
-        "num_heads": [2, 2, 4, 4],
-        "window_size": 4,
-        "patch_size": 4,
-        "image_size": list(image_size),
+        **vision,
         "mlp_ratio": 4.0,
-        "pretrained_window_sizes": [0, 0, 0, 0],
+        "pretrained_window_sizes": [0] * len(vision["depths"]),
         "drop_path_rate": 0.0,
+        "initializer_range": INITIALIZER_RANGE,
     }
     llama = {
         "hidden_size": 64,
@@ -119,8 +146,7 @@ def write_tiny(out: Path, words: list[str], vocab_size: int, image_size: tuple[i
             "original_max_position_embeddings": 64,
         },
         "max_position_embeddings": 2048,
-        # With the library's 0.02 all dialogues start with the same feature, and learning with a long plateau.
-        "initializer_range": 0.1,
+        "initializer_range": INITIALIZER_RANGE,
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.convert_tokens_to_ids(BOS),
         "eos_token_id": tokenizer.convert_tokens_to_ids(EOS),
@@ -129,7 +155,7 @@ def write_tiny(out: Path, words: list[str], vocab_size: int, image_size: tuple[i
     sizes = {
         "architectures": ["DiaNAModel"],
         "embed_dim": 64,
-        "logit_scale": 50,
+        "logit_scale": logit_scale,
         "torch_dtype": "float32",
         "vision_config": {"model_type": "swinv2", **vision},
         "llama_config": {"model_type": "llama", **llama},

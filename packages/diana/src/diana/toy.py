@@ -23,27 +23,36 @@ Draw a world of synthetic pedestrians with captions and dialogues, make tiny ran
 scripts on them: shell/pretrain.sh, shell/finetune.sh and shell/eval.sh, with flags for the size of a laptop appended.
 Needs no download and no GPU. At the end: R@1 after every round of the dialogue, and the commands for a chat.
 """
-# The released hyper-parameters are for pre-trained towers of 1.3 billion parameters. From random towers a high start
-# temperature and rate make all features equal before anything is learnt, hence the small logit_scale.
-TINY_FLAGS = ("--vocab_size", "950")
-LOGIT_SCALE = 5
+# Towers that are large enough to learn and small enough for a laptop.
+TINY_FLAGS = (
+    *("--vocab_size", "950"),
+    *("--image_size", "128", "64"),
+    *("--patch_size", "8"),
+    *("--embed_dim", "64"),
+    *("--depths", "2", "2"),
+    *("--num_heads", "4", "8"),
+    *("--window_size", "8"),
+    # With the released 50, random towers make all features equal before anything is learnt.
+    *("--logit_scale", "10"),
+)
 SIZE_FLAGS = (
-    *("--force_image_size", "96", "48"),
+    *("--force_image_size", "128", "64"),
     *("--num_query", "4"),
     *("--dataloader_num_workers", "0"),
     *("--grad_checkpointing", "off"),
 )
+# The released rates are for towers of 1.3 billion parameters that have learnt before.
 LEARNING_FLAGS = (
-    *("--learning_rate", "5e-4"),
-    *("--warmup_steps", "30"),
+    *("--learning_rate", "1e-3"),
+    *("--warmup_steps", "100"),
     *("--enable_sdm", "False"),
     *("--mask_probability", "0"),
     *("--drop_path_rate", "0"),
     *("--deepspeed", ""),
     *("--logging_steps", "25"),
 )
-PRETRAIN_FLAGS = ("--num_train_epochs", "8")
-FINETUNE_FLAGS = ("--num_train_epochs", "6", "--save_total_limit", "1")
+PRETRAIN_FLAGS = ("--lr_scheduler_type", "constant_with_warmup", "--num_train_epochs", "22")
+FINETUNE_FLAGS = ("--num_train_epochs", "26", "--save_total_limit", "1")
 BATCH_SIZE = 32
 TURNS = ("1", "2", "3", "4", "5")
 _SETTINGS_NAME = "toy.json"
@@ -70,7 +79,6 @@ def main(argv: list[str]) -> int:
         _command("tbps-synth", ["--out", str(out / "world"), "--preset", flags.preset, "--layouts", "chatpedes,mals"])
         if not (out / "tiny" / "configs" / "config.json").is_file():
             _command("diana-make-tiny", ["--out", str(out / "tiny"), *TINY_FLAGS])
-            _set_logit_scale(out / "tiny" / "configs" / "config.json")
         for stage, steps in (("pretrain", flags.pretrain_steps), ("finetune", flags.finetune_steps)):
             if not (out / stage / "model.safetensors").is_file():
                 _script(layout, stage, environment(out, stage), stage_flags(stage, steps))
@@ -128,12 +136,6 @@ def _remember(out: Path, settings: dict[str, Any]) -> None:
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"{out} holds other files: give an empty or new folder as --out")
     write_json(file, settings)
-
-
-def _set_logit_scale(path: Path) -> None:
-    from tbps_common.files import write_json
-
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "logit_scale": LOGIT_SCALE})
 
 
 def _command(name: str, arguments: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ def test_questions_come_from_the_server_and_from_the_list_when_it_fails(
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     index = tmp_path / "g.safetensors"
     assert index_main(["--pretrained", str(pretrained), "--images", str(world / "ChatPedes"), "--out", str(index)]) == 0
-    monkeypatch.setattr("sys.stdin", io.StringIO("A man in a coat.\nBlack ones.\nquit\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("A man in a coat.\nBlack ones.\nA red one.\nquit\n"))
     try:
         flags = ["--pretrained", str(pretrained), "--index", str(index), "--out_dir", str(tmp_path), "--topk", "1"]
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -51,4 +51,5 @@ def test_questions_come_from_the_server_and_from_the_list_when_it_fails(
     assert [message["role"] for message in bodies[0]["messages"]] == ["system", "assistant", "user"]
     assert bodies[0]["messages"][-1]["content"] == "A man in a coat."
     assert "the language model does not answer" in shown.err
-    assert shown.out.count("ASSISTANT: ") == 3
+    assert shown.out.count("ASSISTANT: ") == 4
+    assert len(bodies) == 2 and shown.err.count("note:") == 1  # a server that refuses is not asked again

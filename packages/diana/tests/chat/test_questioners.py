@@ -9,7 +9,8 @@ import torch
 
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, make_round, mutual_information
 from diana.chat.questions import QUESTIONS, open_questions
-from diana.dialogues.client import ItemFailed
+from tbps_common.llm import ChatClient
+from tbps_common.llm.faults import FaultyServer
 
 
 def test_questions_are_distinct_and_have_distinct_answers() -> None:
@@ -100,11 +101,17 @@ def test_who_is_already_ruled_out_does_not_count() -> None:
     assert gains["shoes"] < 0.01
 
 
-def test_the_list_takes_over_when_the_language_model_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    class Silent:
-        def ask(self, *args: object, **kwargs: object) -> str:
-            raise ItemFailed("no connection")
-
+def test_the_list_takes_over_when_the_language_model_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     rounds = [make_round("Who?", "Somebody.")]
-    assert LanguageModel(Silent(), FixedList())(rounds) == QUESTIONS[0].text  # type: ignore[arg-type]
-    assert "no connection" in capsys.readouterr().err
+    with FaultyServer(lambda messages: "Which shoes?", share=1.0, faults=("server_error",)) as server:
+        client = ChatClient("m", base_url=server.url, max_retries=0, key_optional=True)
+        questioner = LanguageModel(client, FixedList())
+        assert questioner(rounds) == QUESTIONS[0].text
+        assert "status 500" in capsys.readouterr().err
+        server.share = 0.0  # a server that recovers is asked again
+        assert questioner(rounds) == "Which shoes?"
+    assert questioner(rounds) == QUESTIONS[0].text  # and one that is gone is not
+    assert "the connection failed" in capsys.readouterr().err

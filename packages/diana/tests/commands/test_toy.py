@@ -49,6 +49,20 @@ def test_a_lexicon_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "u").exists()
 
 
+def test_sizes_of_the_towers_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diana import DiaNAConfig, DiaNAModel
+    from diana.toy import TINY_FLAGS
+
+    assert make_tiny_main(["--out", str(tmp_path / "t"), *TINY_FLAGS]) == 0
+    config = DiaNAConfig.from_pretrained(tmp_path / "t" / "configs")
+    assert config.logit_scale == 10 and config.vision_config["depths"] == [2, 2]
+    model = DiaNAModel.from_backbones(config, tmp_path / "t" / "swinv2-tiny", tmp_path / "t" / "llama-tiny")
+    assert model.vision_projection.in_features == 128
+    for wrong, sentence in ((["--depths", "1"], "1 stages and --num_heads 4"), (["--num_heads", *"3244"], "3 does not")):
+        assert make_tiny_main(["--out", str(tmp_path / "u"), *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_toy_appends_to_the_released_flags(
     stage: str, tmp_path: Path, script_words: Callable[..., list[str]], script_environment: dict[str, str]
@@ -56,7 +70,7 @@ def test_toy_appends_to_the_released_flags(
     variables = {**script_environment, **environment(tmp_path, stage)}
     words = script_words(f"{stage}.sh", variables, *stage_flags(stage, 3))
     args, rest = parse_train_flags(words[words.index("main/train/train.py") + 1 :])
-    assert args.force_image_size == [96, 48]
+    assert args.force_image_size == [128, 64]
     assert args.overwrite_output_dir is False
     assert rest[-2:] == ["--max_steps", "3"]
     assert args.pretrained == (str(tmp_path / "pretrain") if stage == "finetune" else None)

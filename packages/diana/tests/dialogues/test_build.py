@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -91,10 +92,11 @@ def test_failed_images_are_listed_and_tried_again(
     server.fault = lambda number, body: 500 if bad in body["messages"][0]["content"] else None
     out = tmp_path / "out.json"
     assert build_dialogues_main(flags(server, captions, out, "--attempts", "2")) == 1
-    assert "1 of 12 images failed (cam_a/003.png: 2 attempts failed; the last: status 500" in capsys.readouterr().err
+    assert "1 of 12 images failed (cam_a/003.png: status 500: status 500; no retry is left)" in capsys.readouterr().err
     failures = tmp_path / "out.json.failures.json"
     assert list(json.loads(failures.read_text(encoding="utf-8"))) == ["cam_a/003.png"]
     assert len(json.loads(out.read_text(encoding="utf-8"))) == IMAGES - 1
+    assert not list(tmp_path.glob("*.jsonl"))
     server.fault = lambda number, body: None
     done = len(server.requests)
     assert build_dialogues_main(flags(server, captions, out)) == 0
@@ -167,12 +169,13 @@ def test_a_torn_last_line_is_dropped_and_other_settings_are_refused(
     asked, before = len(server.requests), out.read_bytes()
     assert build_dialogues_main(flags(server, captions, out)) == 0
     assert len(server.requests) == asked + 5
-    assert sorted(out.read_bytes()) == sorted(before)
+    assert out.read_bytes() == before
     assert build_dialogues_main(flags(server, captions, out, "--rounds", "4")) == 2
-    assert "begun with another --rounds" in capsys.readouterr().err
+    assert "begun with rounds=3, and this run has rounds=4" in capsys.readouterr().err
     journal.write_bytes(b"nonsense\n" + whole)
-    assert build_dialogues_main(flags(server, captions, out)) == 2
-    assert "damaged in line 1" in capsys.readouterr().err
+    assert build_dialogues_main(flags(server, captions, out)) == 0
+    assert "1 lines cannot be read" in capsys.readouterr().out and journal.read_bytes().startswith(b"nonsense\n")
+    assert out.read_bytes() == before and len(server.requests) == asked + 5
 
 
 def test_a_refusal_ends_the_run_and_keeps_what_is_finished(
@@ -181,9 +184,54 @@ def test_a_refusal_ends_the_run_and_keeps_what_is_finished(
     server.fault = lambda number, body: 401 if number > 22 else None
     out = tmp_path / "out.json"
     assert build_dialogues_main(flags(server, captions, out, "--concurrency", "1")) == 2
-    assert "check the key in OPENAI_API_KEY" in capsys.readouterr().err
+    assert "check the environment variable OPENAI_API_KEY" in capsys.readouterr().err
     assert not out.exists()
-    assert (tmp_path / "out.json.journal").read_bytes().count(b"\n") == 1 + 4
+    assert (tmp_path / "out.json.journal").read_bytes().count(b"\n") == 4
+    server.fault = lambda number, body: None
+    asked = len(server.requests)
+    assert build_dialogues_main(flags(server, captions, out)) == 0
+    assert len(server.requests) == asked + (IMAGES - 4) * 5
+
+
+def test_ctrl_c_keeps_what_is_finished_and_goes_on(server: Any, captions: Path, tmp_path: Path) -> None:
+    server.delay = 0.05
+    out = tmp_path / "out.json"
+    arguments = flags(server, captions, out, "--concurrency", "2")
+    program = f"import sys; from diana.cli import build_dialogues_main as main; sys.exit(main({arguments!r}))"
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while len(server.requests) < 14 and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1].decode()
+    assert child.returncode == 130 and "goes on with the missing images" in said and "Traceback" not in said
+    kept = (tmp_path / "out.json.journal").read_bytes().count(b"\n")
+    assert 1 <= kept < IMAGES and not out.exists()
+    asked = len(server.requests)
+    assert build_dialogues_main(arguments) == 0
+    assert len(server.requests) == asked + (IMAGES - kept) * 5
+
+
+def test_the_key_is_sent_and_never_told(
+    server: Any, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canary = "sk-canary-1234567890"
+    monkeypatch.setenv("OTHER_KEY", canary)
+    server.fault = lambda number, body: 401 if number > 22 else None
+    out = tmp_path / "out.json"
+    assert build_dialogues_main(flags(server, captions, out, "--api_key_env", "OTHER_KEY")) == 2
+    sent = {name.lower(): value for name, value in server.headers[0].items()}
+    assert sent["authorization"] == f"Bearer {canary}"
+    shown = "".join(capsys.readouterr())
+    assert "OTHER_KEY" in shown
+    assert canary not in shown + "".join(path.read_text() for path in tmp_path.iterdir())
+
+
+def test_without_a_server_of_its_own_a_key_is_needed(
+    server: Any, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build_dialogues_main(["--captions", str(captions), "--out", str(tmp_path / "o.json"), "--model", "m"]) == 2
+    assert "OPENAI_API_KEY" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [captions]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from diana.chat.questions import Question, open_questions
-from diana.dialogues.client import ChatClient, ItemFailed
-from tbps_common.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tbps_common.llm import ChatClient
 
 Round = list[dict[str, str]]
 Score = Callable[[Sequence[Sequence[Round]]], "Tensor"]
@@ -96,23 +96,29 @@ def _entropy(probabilities: "Tensor") -> "Tensor":
 
 
 class LanguageModel:
-    """Asks a language model; where it fails, another questioner takes over and the user is told once.
+    """Asks a language model; where it fails, another questioner takes over and the user is told.
 
     Args:
         client: of the server.
-        substitute: asks when the server does not answer.
+        substitute: asks when the server does not answer, and for good once the server refuses.
     """
 
-    def __init__(self, client: ChatClient, substitute: Questioner) -> None:
-        self._client, self._substitute = client, substitute
+    def __init__(self, client: "ChatClient", substitute: Questioner) -> None:
+        self._client: ChatClient | None = client
+        self._substitute = substitute
 
     def __call__(self, rounds: Sequence[Round]) -> str | None:
         """The model's question, or the substitute's."""
         from diana.dialogues.roles import ask_question
+        from tbps_common.llm import BadReply, Rejected, RequestFailed, ServerRefusal, ask_once
 
+        if self._client is None:
+            return self._substitute(rounds)
         try:
-            return ask_question(self._client, rounds)
-        except (ItemFailed, InputError) as error:
+            return ask_once(self._client, *ask_question(rounds))
+        except (BadReply, Rejected, RequestFailed, ServerRefusal) as error:
+            if isinstance(error, ServerRefusal):
+                self._client = None
             print(f"note: the language model does not answer ({error}); asking from the list", file=sys.stderr)
             return self._substitute(rounds)
 

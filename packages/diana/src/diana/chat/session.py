@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from diana.chat.gallery import Gallery, read_gallery, read_header, require_checkpoint
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, Questioner, Round, make_round
-from diana.dialogues.client import ChatClient, ServerSettings
 from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tbps_common.llm import ChatClient
 
 DESCRIPTION = """\
 Find a person by answering questions; after every answer the best pictures are listed and drawn.
@@ -181,18 +182,27 @@ def _save(session: Session, out_dir: Path) -> None:
         print(f"\nThe dialogue is in {out_dir / 'dialogue.json'}.")
 
 
-def _questioner(flags: argparse.Namespace, session: Session, client: ChatClient | None) -> Questioner:
+def _questioner(flags: argparse.Namespace, session: Session, client: "ChatClient | None") -> Questioner:
     offline: Questioner = FixedList() if flags.questioner == "fixed" else InformationGain(session.score, session.scale)
     return offline if client is None else LanguageModel(client, offline)
 
 
-def _client(flags: argparse.Namespace) -> ChatClient | None:
+def _client(flags: argparse.Namespace) -> "ChatClient | None":
     if flags.model is None:
         if flags.base_url is not None:
             raise InputError("--base_url needs --model: name the model that the server has")
         return None
+    from diana.dialogues.roles import SAMPLING
+    from tbps_common.llm import ChatClient
+
     return ChatClient(
-        ServerSettings(model=flags.model, base_url=flags.base_url, timeout=flags.timeout, deadline=flags.timeout)
+        flags.model,
+        base_url=flags.base_url,
+        api_key_env=flags.api_key_env,
+        timeout=flags.timeout,
+        deadline=flags.timeout,
+        sampling={"temperature": 0.0, "seed": 0, **SAMPLING},
+        key_optional=True,
     )
 
 
@@ -221,5 +231,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--base_url", "--llm_base_url", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
     )
     add("--model", "--llm_model", metavar="NAME", help="name that the server knows")
+    add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds to wait for a question")
     return parser.parse_args(argv)

@@ -1,1 +1,1 @@
-"""Building dialogues with a language model: a client that survives bad servers, the two roles, and the journal."""
+"""Building dialogues with a language model: the two roles, and the command."""

@@ -1,23 +1,22 @@
 """`diana-build-dialogues`: captions of pedestrian images become ChatPedes dialogues, written by a language model."""
 
 import argparse
-import queue
 import random
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diana.dialogues.client import KEY_VARIABLE, ChatClient, Deadline, ItemFailed, ServerSettings
-from diana.dialogues.journal import Journal
-from diana.dialogues.roles import Round, answer_question, ask_question, open_dialogue
+from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
 from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 
-DESCRIPTION = f"""\
+if TYPE_CHECKING:
+    from tbps_common.llm import ChatClient, Conversation, Outcome
+
+DESCRIPTION = """\
 Write dialogues about images that have captions. For each image one language model plays two roles: one asks and sees
 only the dialogue, the other answers and sees only the captions. Any OpenAI-compatible server will do:
 
@@ -26,7 +25,7 @@ only the dialogue, the other answers and sees only the captions. Any OpenAI-comp
 
 Every finished image is put on the disk at once (OUT.journal), so that the command can be killed and started again. Images
 that failed are listed with the reason in OUT.failures.json, the exit status is then 1, and the next call tries them
-again. A key, where the server wants one, is read from {KEY_VARIABLE} and nowhere else.
+again. A key, where the server wants one, is read from the environment variable OPENAI_API_KEY and nowhere else.
 """
 
 
@@ -48,103 +47,84 @@ def main(argv: list[str]) -> int:
     out = Path(flags.out)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name the JSON file to write")
+    from tbps_common.llm import ChatClient
+    from tbps_common.stages import begin_manifest, finish_manifest
+
     client = ChatClient(
-        ServerSettings(
-            model=flags.model,
-            base_url=flags.base_url,
-            temperature=flags.temperature,
-            seed=flags.seed,
-            timeout=flags.timeout,
-            deadline=flags.deadline,
-            attempts=flags.attempts,
-        )
+        flags.model,
+        base_url=flags.base_url,
+        api_key_env=flags.api_key_env,
+        concurrency=flags.concurrency,
+        timeout=flags.timeout,
+        deadline=flags.deadline,
+        max_retries=flags.attempts - 1,
+        sampling={"temperature": flags.temperature, "seed": flags.seed, **SAMPLING},
+        key_optional=True,
     )
+    journal = out.with_name(f"{out.name}.journal")
     settings = {"rounds": flags.rounds, "model": flags.model, "temperature": flags.temperature, "seed": flags.seed}
-    journal = Journal(out.with_name(out.name + ".journal"), settings)
-    try:
-        failures = build(client, images, journal, rounds=flags.rounds, seed=flags.seed, concurrency=flags.concurrency)
-    finally:
-        journal.close()
-    return _write(out, images, journal, failures)
+    begin_manifest(journal, settings)
+    outcome = build(client, images, journal, rounds=flags.rounds, seed=flags.seed, attempts=flags.attempts)
+    if outcome.refusal is not None:
+        raise InputError(outcome.refusal)
+    if outcome.interrupted is not None:
+        print("stopped; the same command goes on with the missing images", file=sys.stderr)
+        return outcome.exit_status
+    finished = outcome.kept + outcome.done
+    finish_manifest(
+        journal,
+        finished=not outcome.missing,
+        items=outcome.items,
+        kept=finished,
+        dropped={"failed": outcome.missing} if outcome.missing else {},
+        seconds=outcome.seconds,
+    )
+    _write(out, images, journal)
+    return outcome.exit_status
 
 
 def build(
-    client: ChatClient,
-    images: Sequence[CaptionedImage],
-    journal: Journal,
-    *,
-    rounds: int,
-    seed: int,
-    concurrency: int,
-) -> dict[str, str]:
+    client: "ChatClient", images: Sequence[CaptionedImage], journal: Path, *, rounds: int, seed: int, attempts: int
+) -> "Outcome":
     """Build the dialogues that the journal lacks.
 
     Args:
-        client: asks the server.
+        client: asks the server; its `concurrency` is the number of images worked on at a time.
         images: all images.
-        journal: receives every finished record.
+        journal: file that receives every finished record.
         rounds: of each dialogue.
         seed: chooses the opening questions.
-        concurrency: images at a time.
+        attempts: how often one question is put, at most, while its answers do not fit.
 
     Returns:
-        File path -> reason, of the images that failed.
-
-    Raises:
-        InputError: the server refuses; what is finished stays in the journal.
+        How it ended; images that failed are in the side files of `tbps_common.llm.run`.
     """
-    from tqdm import tqdm
+    from tbps_common.llm import Conversations, run
 
-    todo: queue.SimpleQueue[CaptionedImage] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[CaptionedImage, Any]] = queue.SimpleQueue()
-    missing = [image for image in images if image.file_path not in journal.items]
-    for image in missing:
-        todo.put(image)
-    stop = threading.Event()
+    async def converse(image: CaptionedImage, conversation: "Conversation") -> dict[str, Any]:
+        return record(image, await dialogue(conversation, image, rounds, seed))
 
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                image = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((image, dialogue(client, image, rounds, seed)))
-            except Exception as error:  # handed over to the main thread, which decides
-                done.put((image, error))
-
-    # Daemons: an interrupted command need not wait for answers that nobody will read.
-    for _ in range(min(concurrency, len(missing))):
-        threading.Thread(target=work, daemon=True).start()
-    failures: dict[str, str] = {}
-    try:
-        for _ in tqdm(missing, desc="images", unit="image", disable=not sys.stderr.isatty()):
-            image, outcome = done.get()
-            if isinstance(outcome, ItemFailed):
-                failures[image.file_path] = str(outcome)
-            elif isinstance(outcome, Exception):
-                raise outcome
-            else:
-                journal.add(image.file_path, record(image, outcome))
-    finally:
-        stop.set()
-        while not done.empty():  # finished beside what ended the run
-            image, outcome = done.get()
-            if isinstance(outcome, list):
-                journal.add(image.file_path, record(image, outcome))
-    return failures
+    places = {image.file_path: place for place, image in enumerate(images)}
+    work = Conversations(
+        items=images,
+        keys=lambda image: (image.file_path,),
+        record_key=lambda stored: stored.get("file_path"),
+        converse=converse,
+        describe=lambda image: {"file_path": image.file_path},
+        order=lambda stored: places.get(stored.get("file_path", ""), len(places)),
+    )
+    return run(work, client, journal, tries=attempts, unit="image")
 
 
-def dialogue(client: ChatClient, image: CaptionedImage, rounds: int, seed: int) -> list[Round]:
+async def dialogue(conversation: "Conversation", image: CaptionedImage, rounds: int, seed: int) -> list[Round]:
     """One dialogue: an opening request of the prompt pool, then one attribute a round."""
     from diana.data import PROMPT_POOL
 
-    deadline = Deadline(client.settings.deadline)
     opening = random.Random(f"{seed}:{image.file_path}").choice(PROMPT_POOL)
-    turns = [_round(opening, open_dialogue(client, image.captions, opening, deadline))]
+    turns = [_round(opening, await conversation.ask(*open_dialogue(image.captions, opening)))]
     while len(turns) < rounds:
-        question = ask_question(client, turns, deadline)
-        turns.append(_round(question, answer_question(client, image.captions, question, deadline)))
+        question = await conversation.ask(*ask_question(turns))
+        turns.append(_round(question, await conversation.ask(*answer_question(image.captions, question))))
     return turns
 
 
@@ -181,22 +161,34 @@ def _round(question: str, answer: str) -> Round:
     return [{"from": "gpt", "value": question}, {"from": "user", "value": answer}]
 
 
-def _write(out: Path, images: Sequence[CaptionedImage], journal: Journal, failures: dict[str, str]) -> int:
-    finished = [journal.items[image.file_path] for image in images if image.file_path in journal.items]
-    side = out.with_name(out.name + ".failures.json")
+def _write(out: Path, images: Sequence[CaptionedImage], journal: Path) -> None:
+    """The annotation file, and beside it the reasons of images that are not in it."""
+    wanted = {image.file_path for image in images}
+    finished = [stored for stored in _lines(journal) if stored.get("file_path") in wanted]
     write_json(out, finished)
+    sides = [journal.with_name(f"{journal.name}.{fate}.jsonl") for fate in ("rejected", "failed")]
+    failures = {entry["file_path"]: entry["reason"] for side in sides for entry in _lines(side)}
+    listed = out.with_name(f"{out.name}.failures.json")
     if not failures:
-        side.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
         print(f"{out}: {len(finished)} dialogues")
-        return 0
-    write_json(side, failures)
+        return
+    write_json(listed, failures)
+    for side in sides:
+        side.unlink(missing_ok=True)
     first = next(iter(failures.items()))
     print(
         f"error: {len(failures)} of {len(images)} images failed ({first[0]}: {first[1]}); {out} holds the other "
-        f"{len(finished)}, {side} the reasons: run the same command again to try them again",
+        f"{len(finished)}, {listed} the reasons: run the same command again to try them again",
         file=sys.stderr,
     )
-    return 1
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The readable records of a journal; none if there is no such file."""
+    from tbps_common.llm.journal import read_json_lines
+
+    return [entry for _, entry in read_json_lines(path) if isinstance(entry, dict)] if path.exists() else []
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -213,6 +205,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = server.add_argument
     add("--model", "--llm_model", required=True, help="name that the server knows")
     add("--base_url", "--llm_base_url", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
+    add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--temperature", type=number(0), default=0.0, help="0: the most probable words")
     add("--seed", type=whole_number(0), default=0, help="of the opening questions, and of servers that have one")
     add("--concurrency", type=whole_number(1), default=8, help="images worked on at a time")

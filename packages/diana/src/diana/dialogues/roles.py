@@ -1,13 +1,17 @@
 """The two roles of a simulated dialogue: who asks sees only the dialogue, who answers sees only the captions."""
 
 import re
-from collections.abc import Sequence
-
-from diana.dialogues.client import ChatClient, Deadline, Message
+from collections.abc import Callable, Sequence
+from typing import Any
 
 Round = list[dict[str, str]]
+Message = dict[str, Any]
+
+Turn = tuple[list[Message], Callable[[str], str]]
+"""Messages to the model, and what makes a line of its answer; that raises `tbps_common.llm.Rejected`."""
 
 UNKNOWN = "I do not remember."
+SAMPLING = {"max_tokens": 120}
 _LONGEST_QUESTION, _LONGEST_ANSWER = 200, 400
 
 QUESTIONER = """\
@@ -33,57 +37,54 @@ You are asked: {question} Give a first short answer: one sentence with the overa
 Say nothing that is not in the notes. Reply with the sentence alone."""
 
 
-def ask_question(client: ChatClient, rounds: Sequence[Round], deadline: Deadline | None = None) -> str:
-    """The next question, one that has not been asked.
-
-    Raises:
-        ItemFailed: none came in time.
-        InputError: the server refuses.
-    """
+def ask_question(rounds: Sequence[Round]) -> Turn:
+    """For the next question, one that has not been asked."""
     asked = {_key(message["value"]) for turn in rounds for message in turn if message["from"] == "gpt"}
 
     def accept(text: str) -> str:
         question = one_line(text, _LONGEST_QUESTION)
         if _key(question) in asked:
-            raise ValueError("this question was asked already")
+            raise _misfit("this question was asked already")
         return question
 
-    return client.ask(
-        [{"role": "system", "content": QUESTIONER}, *_as_seen_by_asker(rounds)], accept, deadline=deadline
-    )
+    return [{"role": "system", "content": QUESTIONER}, *_as_seen_by_asker(rounds)], accept
 
 
-def answer_question(client: ChatClient, captions: Sequence[str], question: str, deadline: Deadline) -> str:
-    """The witness's answer; errors as `ask_question`."""
+def answer_question(captions: Sequence[str], question: str) -> Turn:
+    """For the witness's answer."""
     notes = ANSWERER.format(notes=_notes(captions), unknown=UNKNOWN)
     messages = [{"role": "system", "content": notes}, {"role": "user", "content": question}]
-    return client.ask(messages, lambda text: one_line(text, _LONGEST_ANSWER), deadline=deadline)
+    return messages, lambda text: one_line(text, _LONGEST_ANSWER)
 
 
-def open_dialogue(client: ChatClient, captions: Sequence[str], question: str, deadline: Deadline) -> str:
-    """The first answer, to a general request; errors as `ask_question`."""
+def open_dialogue(captions: Sequence[str], question: str) -> Turn:
+    """For the first answer, to a general request."""
     content = OPENING.format(notes=_notes(captions), question=question)
-    return client.ask(
-        [{"role": "user", "content": content}], lambda text: one_line(text, _LONGEST_ANSWER), deadline=deadline
-    )
+    return [{"role": "user", "content": content}], lambda text: one_line(text, _LONGEST_ANSWER)
 
 
 def one_line(text: str, longest: int) -> str:
     """The text on one line, without quotation marks around it and the name of the speaker in front.
 
     Raises:
-        ValueError: nothing is left, it is too long, or it cannot be written as UTF-8.
+        Rejected: nothing is left, or it is too long.
     """
     line = re.sub(r"\s+", " ", text).strip()
     line = re.sub(r"^(?:assistant|user|question|answer|witness)\s*:\s*", "", line, flags=re.IGNORECASE)
     if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'":
         line = line[1:-1].strip()
     if not line:
-        raise ValueError("it is empty")
+        raise _misfit("it is empty")
     if len(line) > longest:
-        raise ValueError(f"it has {len(line)} characters, {longest} are the most")
-    line.encode("utf-8")
+        raise _misfit(f"it has {len(line)} characters, {longest} are the most")
     return line
+
+
+def _misfit(reason: str) -> Exception:
+    """A model that takes the most probable words answers the same again, unless it is told what was wrong."""
+    from tbps_common.llm import Rejected
+
+    return Rejected(reason, remark=f"That did not fit: {reason}. Try again.")
 
 
 def _as_seen_by_asker(rounds: Sequence[Round]) -> list[Message]:
