@@ -250,6 +250,7 @@ def ask_once(
     """
 
     async def once() -> Value:
+        client.stopping = False  # an earlier refusal may have been put right
         async with client:
             return await Conversation(client, tries).ask(messages, accept)
 
