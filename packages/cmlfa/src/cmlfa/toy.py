@@ -6,17 +6,15 @@ Every step is an ordinary command, echoed before it runs. A second call goes on 
 import argparse
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tbps_common.arguments import whole_number
 from tbps_common.errors import InputError
+from tbps_common.steps import StepFailed, call, echo, run_child
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own train command, test it with the
@@ -92,38 +90,24 @@ def main(argv: list[str]) -> int:
             run_directory = _train(out, attention, flags.epochs)
             for batch in TEST_BATCHES[attention]:
                 rows.append((attention, batch, _test(run_directory, batch)))
-    except _StepFailed as failure:
+    except StepFailed as failure:
         return failure.status
     _conclude(out, rows, time.perf_counter() - started)
     return 0
-
-
-class _StepFailed(Exception):
-    """A command ended with another status than 0; it has said why."""
-
-    def __init__(self, status: int):
-        super().__init__(status)
-        self.status = status
 
 
 def _make_world(world: Path, preset: str) -> None:
     from tbps_common.cli import synth_main
 
     arguments = ["--out", str(world), "--preset", preset, "--layouts", "cuhk"]
-    _echo(["tbps-synth", *arguments])
-    status = synth_main(arguments)
-    if status:
-        raise _StepFailed(status)
+    call("tbps-synth", synth_main, arguments)
 
 
 def _make_tiny_clip(path: Path) -> None:
     from cmlfa.cli import make_tiny_clip_main
 
     arguments = ["--out", str(path), *TINY_CLIP_FLAGS]
-    _echo(["cmlfa-make-tiny-clip", *arguments])
-    status = make_tiny_clip_main(arguments)
-    if status:
-        raise _StepFailed(status)
+    call("cmlfa-make-tiny-clip", make_tiny_clip_main, arguments)
 
 
 def train_arguments(out: Path, attention: str, epochs: int | None = None) -> list[str]:
@@ -186,27 +170,8 @@ def _run(name: str, arguments: list[str]) -> None:
         command = [sys.executable, str(script)]
     else:  # installed without the checkout: the console script is the same command
         command = [str(Path(sysconfig.get_path("scripts")) / f"cmlfa-{name}")]
-    _echo(["python" if script.is_file() else "", script.name if script.is_file() else f"cmlfa-{name}", *arguments])
-    # Handlers (not SIG_IGN, which a child inherits): Ctrl-C reaches the child too, which saves its state and ends.
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: Any) -> None:
-        if child is not None and number == signal.SIGTERM:
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        child = subprocess.Popen([*command, *arguments])
-        status = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if status:
-        raise _StepFailed(status if status > 0 else 128 - status)
-
-
-def _echo(command: Sequence[str]) -> None:
-    print(f"\n$ {shlex.join(part for part in command if part)}\n", flush=True)
+    echo([*(("python", script.name) if script.is_file() else (f"cmlfa-{name}",)), *arguments])
+    run_child([*command, *arguments])
 
 
 def _conclude(out: Path, rows: list[tuple[str, int, dict[str, Any]]], seconds: float) -> None:

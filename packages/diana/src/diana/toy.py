@@ -7,8 +7,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 from tbps_common.arguments import HelpFormatter, whole_number
 from tbps_common.errors import InputError
+from tbps_common.steps import StepFailed, call, echo, run_child
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians with captions and dialogues, make tiny random towers, and run the paper's three
@@ -58,16 +57,11 @@ TURNS = ("1", "2", "3", "4", "5")
 _SETTINGS_NAME = "toy.json"
 
 
-class _StepFailed(Exception):
-    """A command ended with another status than 0; it has said why."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
 def main(argv: list[str]) -> int:
     """Run the steps; the exit status of a step that fails is passed on."""
+    from diana.cli import make_tiny_main
+    from tbps_common.cli import synth_main
+
     flags = _parse(argv)
     out = Path(flags.out).resolve()
     layout = _layout()
@@ -76,16 +70,20 @@ def main(argv: list[str]) -> int:
     )
     started = time.perf_counter()
     try:
-        _command("tbps-synth", ["--out", str(out / "world"), "--preset", flags.preset, "--layouts", "chatpedes,mals"])
+        call(
+            "tbps-synth",
+            synth_main,
+            ["--out", str(out / "world"), "--preset", flags.preset, "--layouts", "chatpedes,mals"],
+        )
         if not (out / "tiny" / "configs" / "config.json").is_file():
-            _command("diana-make-tiny", ["--out", str(out / "tiny"), *TINY_FLAGS])
+            call("diana-make-tiny", make_tiny_main, ["--out", str(out / "tiny"), *TINY_FLAGS])
         for stage, steps in (("pretrain", flags.pretrain_steps), ("finetune", flags.finetune_steps)):
             if not (out / stage / "model.safetensors").is_file():
                 _script(layout, stage, environment(out, stage), stage_flags(stage, steps))
         _script(
             layout, "eval", environment(out, "eval"), ["--num_workers", "0", "--mode", "all", "--turn_limit", *TURNS]
         )
-    except _StepFailed as failure:
+    except StepFailed as failure:
         return failure.status
     _conclude(out, time.perf_counter() - started)
     return 0
@@ -138,42 +136,12 @@ def _remember(out: Path, settings: dict[str, Any]) -> None:
     write_json(file, settings)
 
 
-def _command(name: str, arguments: Sequence[str]) -> None:
-    from diana.cli import make_tiny_main
-    from tbps_common.cli import synth_main
-
-    _echo([name, *arguments])
-    status = {"tbps-synth": synth_main, "diana-make-tiny": make_tiny_main}[name](list(arguments))
-    if status:
-        raise _StepFailed(status)
-
-
 def _script(layout: Path, stage: str, variables: dict[str, str], arguments: Sequence[str]) -> None:
     """Run a shell script as a user does; signals are the child's to handle."""
     folder = layout / ("eval" if stage == "eval" else "train")
     words = ["bash", f"shell/{stage}.sh", *arguments]
-    _echo([*(f"{name}={value}" for name, value in variables.items()), *words], folder)
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: Any) -> None:
-        if child is not None and number == signal.SIGTERM:
-            child.send_signal(number)
-
-    # Handlers (not SIG_IGN, which a child inherits): Ctrl-C reaches the child too, which saves its state and ends.
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        child = subprocess.Popen(words, cwd=folder, env={"PYTHON": sys.executable, **os.environ, **variables})
-        status = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if status:
-        raise _StepFailed(status if status > 0 else 128 - status)
-
-
-def _echo(words: Sequence[str], folder: Path | None = None) -> None:
-    where = f"(in {folder}) " if folder is not None else ""
-    print(f"\n{where}$ {shlex.join(words)}\n", flush=True)
+    echo([*(f"{name}={value}" for name, value in variables.items()), *words], folder)
+    run_child(words, cwd=folder, env={"PYTHON": sys.executable, **os.environ, **variables})
 
 
 def _conclude(out: Path, seconds: float) -> None:

@@ -7,18 +7,16 @@ import argparse
 import json
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tbps_common.arguments import HelpFormatter, whole_number
 from tbps_common.errors import InputError
+from tbps_common.steps import StepFailed, call, echo, run_child
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own training command, evaluate it with
@@ -66,14 +64,6 @@ COLUMNS = ("R1", "R5", "R10", "mAP")
 MODEL_NAME = "tuned_last_recall_at1.pt"
 
 
-class _StepFailed(Exception):
-    """A command ended with another status than 0; it has said why."""
-
-    def __init__(self, status: int):
-        super().__init__(status)
-        self.status = status
-
-
 def main(argv: list[str]) -> int:
     """Run the steps; the exit status of a step that fails is passed on."""
     flags = _parse(argv)
@@ -85,7 +75,7 @@ def main(argv: list[str]) -> int:
         _make_model(out)
         run = _train(out, flags)
         _infer(out, run, flags.device)
-    except _StepFailed as failure:
+    except StepFailed as failure:
         return failure.status
     _conclude(out, run, time.perf_counter() - started)
     return 0
@@ -95,16 +85,14 @@ def _make_world(out: Path, ids: int | None) -> None:
     from tbps_common.cli import synth_main
 
     arguments = ["--out", str(out / "world"), *WORLD_FLAGS, *(("--ids", str(ids)) if ids else ())]
-    _echo(["tbps-synth", *arguments])
-    _require(synth_main(arguments))
+    call("tbps-synth", synth_main, arguments)
 
 
 def _make_model(out: Path) -> None:
     from fafa.toy import main as toy_main
 
     arguments = [str(out / "model"), "--for", "pedestrians"]
-    _echo(["python", "-m", "fafa.toy", *arguments])
-    _require(toy_main(arguments))
+    call("python -m fafa.toy", toy_main, arguments)
 
 
 def train_arguments(out: Path, *, epochs: int | None = None, device: str = "cpu") -> list[str]:
@@ -158,34 +146,11 @@ def _run(script_name: str, command_name: str, arguments: list[str]) -> None:
     script = Path(__file__).resolve().parents[2] / script_name
     if script.is_file():
         command = [sys.executable, str(script)]
-        _echo(["python", script_name, *arguments])
+        echo(["python", script_name, *arguments])
     else:  # installed without the checkout: the console script is the same command
         command = [str(Path(sysconfig.get_path("scripts")) / command_name)]
-        _echo([command_name, *arguments])
-    # Handlers (not SIG_IGN, which a child inherits): Ctrl-C reaches the child too, which saves its state and ends.
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: Any) -> None:
-        if child is not None and number == signal.SIGTERM:
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        child = subprocess.Popen([*command, *arguments])
-        status = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    _require(status if status >= 0 else 128 - status)
-
-
-def _require(status: int) -> None:
-    if status:
-        raise _StepFailed(status)
-
-
-def _echo(command: Sequence[str]) -> None:
-    print(f"\n$ {shlex.join(command)}\n", flush=True)
+        echo([command_name, *arguments])
+    run_child([*command, *arguments])
 
 
 def chance_of_first(itcpr: Any) -> float:
