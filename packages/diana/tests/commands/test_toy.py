@@ -58,7 +58,10 @@ def test_sizes_of_the_towers_can_be_chosen(tmp_path: Path, capsys: pytest.Captur
     assert config.logit_scale == 10 and config.vision_config["depths"] == [2, 2]
     model = DiaNAModel.from_backbones(config, tmp_path / "t" / "swinv2-tiny", tmp_path / "t" / "llama-tiny")
     assert model.vision_projection.in_features == 128
-    for wrong, sentence in ((["--depths", "1"], "1 stages and --num_heads 4"), (["--num_heads", *"3244"], "3 does not")):
+    for wrong, sentence in (
+        (["--depths", "1"], "1 stages and --num_heads 4"),
+        (["--num_heads", *"3244"], "3 does not"),
+    ):
         assert make_tiny_main(["--out", str(tmp_path / "u"), *wrong]) == 2
         assert sentence in capsys.readouterr().err
 

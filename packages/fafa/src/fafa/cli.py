@@ -60,3 +60,11 @@ def toy_main(argv: list[str]) -> int:
     from fafa.toy_run import main
 
     return main(argv)
+
+
+@command
+def syncpr_main(argv: list[str]) -> int:
+    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | tiny | toy`: make training data of one's own."""
+    from fafa.syncpr.command import main
+
+    return main(argv)

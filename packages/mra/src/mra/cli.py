@@ -62,3 +62,11 @@ def toy_main(argv: list[str]) -> int:
     from mra.toy import main
 
     return main(argv)
+
+
+@command
+def dad_main(argv: list[str]) -> int:
+    """`mra-dad`: make a synthetic pre-training set in the style of a target data set."""
+    from mra.dad.commands import main
+
+    return main(argv)

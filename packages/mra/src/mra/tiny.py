@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
-    vocabulary = make_vocabulary(_read_lexicon(Path(args.lexicon)))
+    vocabulary = make_vocabulary(read_lexicon(Path(args.lexicon)))
     write_tiny(out, PRESETS[args.preset], vocabulary, args.seed)
     print(f"written to {out}: configs/, data/bert-base-uncased/, data/checkpoint/, run.py; go on with: cd {out}")
     return 0
@@ -282,7 +282,7 @@ def _read_shipped(name: str) -> dict[str, Any]:
     return json.loads((PACKAGE / "configs" / name).read_text(encoding="utf-8"))
 
 
-def _read_lexicon(path: Path) -> list[str]:
+def read_lexicon(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

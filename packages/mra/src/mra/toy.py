@@ -4,19 +4,15 @@ Every step is an ordinary command, echoed before it runs. A second call goes on 
 """
 
 import argparse
-import os
-import shlex
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mra.config import load_config
+from mra.steps import run_script
 from tbps_common.arguments import HelpFormatter, whole_number
 from tbps_common.errors import InputError
+from tbps_common.steps import StepFailed, call
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, make tiny networks, pre-train them on generated pictures with region phrases
@@ -45,38 +41,23 @@ def main(argv: list[str]) -> int:
         pretrained = f"out/pre_sda/checkpoint_{(flags.sda_epochs or last) - 1}.pth"
         _train(out, "cuhk", flags.cuhk_epochs, ["--checkpoint", pretrained, "--select", "val", *SCORE_WORLD])
         _evaluate(out)
-    except _StepFailed as failure:
+    except StepFailed as failure:
         return failure.status
     _conclude(out, time.perf_counter() - started)
     return 0
 
 
-class _StepFailed(Exception):
-    """A command ended with another status than 0; it has said why."""
-
-    def __init__(self, status: int):
-        super().__init__(status)
-        self.status = status
-
-
 def _make_world(out: Path, preset: str) -> None:
     from tbps_common.cli import synth_main
 
-    _call("tbps-synth", synth_main, ["--out", str(out), "--preset", preset, "--layouts", LAYOUTS])
+    call("tbps-synth", synth_main, ["--out", str(out), "--preset", preset, "--layouts", LAYOUTS])
 
 
 def _make_tiny(out: Path, networks: str) -> None:
     from mra.cli import make_tiny_main
 
     lexicon = str(out / "lexicon.txt")
-    _call("mra-make-tiny", make_tiny_main, ["--out", str(out), "--lexicon", lexicon, "--preset", networks])
-
-
-def _call(name: str, command: Callable[[Sequence[str]], int], arguments: list[str]) -> None:
-    _echo([name, *arguments])
-    status = command(arguments)
-    if status:
-        raise _StepFailed(status)
+    call("mra-make-tiny", make_tiny_main, ["--out", str(out), "--lexicon", lexicon, "--preset", networks])
 
 
 def _train(out: Path, task: str, epochs: int | None, more: list[str]) -> None:
@@ -87,7 +68,7 @@ def _train(out: Path, task: str, epochs: int | None, more: list[str]) -> None:
         arguments += ["--epo", str(epochs)]
     if (out / folder / "last.pth").is_file():
         arguments.append("--resume")
-    _run(out, arguments)
+    run_script(out, arguments)
 
 
 def _evaluate(out: Path) -> None:
@@ -95,33 +76,7 @@ def _evaluate(out: Path) -> None:
     if not (out / best).is_file():
         raise InputError(f"the training left no {out / best}, as no epoch found a single person: train for more epochs")
     arguments = ["--task", "cuhk", "--dist", "f4", "--output_dir", "out/eval_cuhk", "--checkpoint", best]
-    _run(out, [*arguments, "--evaluate", "--report", *SCORE_WORLD, "--num_workers", "1"])
-
-
-def _run(out: Path, arguments: list[str]) -> None:
-    """`run.py` as a process of its own, in the toy's folder."""
-    _echo(["cd", str(out), "&&", "python3", "run.py", *arguments])
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: Any) -> None:
-        # Ctrl-C in a terminal reaches run.py without our doing.
-        if child is not None and number == signal.SIGTERM:
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        child = subprocess.Popen([sys.executable, "run.py", *arguments], cwd=out, env=environment)
-        status = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if status:
-        raise _StepFailed(status if status > 0 else 128 - status)
-
-
-def _echo(command: Sequence[str]) -> None:
-    print(f"\n$ {' '.join(word if word == '&&' else shlex.quote(word) for word in command)}\n", flush=True)
+    run_script(out, [*arguments, "--evaluate", "--report", *SCORE_WORLD, "--num_workers", "1"])
 
 
 def _conclude(out: Path, seconds: float) -> None:

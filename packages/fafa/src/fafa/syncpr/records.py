@@ -1,0 +1,104 @@
+"""The records that the stages hand to each other, read strictly."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fafa.syncpr.answers import caption_key
+from fafa.syncpr.prompts import QUADRUPLE_KEYS
+from tbps_common.errors import DatasetError
+from tbps_common.stages import read_stage
+
+QUADRUPLES, REQUESTS, IMAGES, SCORES, VERDICTS, KEPT = "quadruples", "requests", "images", "scores", "vlm", "kept"
+DROPPED_SUFFIX = ".dropped.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Quadruple:
+    """Two captions of one person, and the edits between them."""
+
+    id: int
+    caption_1: str
+    caption_2: str
+    edit_1_to_2: str
+    edit_2_to_1: str
+
+
+class SeenCaptions:
+    """Which captions there have been: a quadruple with one of them is a duplicate."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def take(self, caption_1: str, caption_2: str) -> bool:
+        """Whether both are new; then they are not any more."""
+        keys = {caption_key(caption_1), caption_key(caption_2)}
+        if keys & self._keys:
+            return False
+        self._keys |= keys
+        return True
+
+
+def pair_key(record: dict[str, Any]) -> Hashable:
+    """What makes a picture itself: its quadruple and variant."""
+    return record["quadruple_id"], record["variant"]
+
+
+def load_quadruples(folder: str | Path) -> tuple[dict[int, Quadruple], int]:
+    """The quadruples of all shards by id, in the order of the ids; and how many repeat a caption of an earlier one.
+
+    A shard cannot see the captions of the others, so the last duplicates are left out here, always the same ones.
+
+    Raises:
+        DatasetError: the stage is absent or unfinished, or a record cannot be used.
+    """
+    found: dict[int, Quadruple] = {}
+    for record in read_stage(folder, QUADRUPLES):
+        quadruple = _quadruple(record, folder)
+        if quadruple.id in found:
+            raise DatasetError(f"{folder}: two quadruples have the id {quadruple.id}; give every one its own")
+        found[quadruple.id] = quadruple
+    if not found:
+        raise DatasetError(f"{folder} holds no quadruples: raise --count of fafa-syncpr quadruples")
+    seen = SeenCaptions()
+    kept = {of: found[of] for of in sorted(found) if seen.take(found[of].caption_1, found[of].caption_2)}
+    return kept, len(found) - len(kept)
+
+
+def load_pairs(folder: str | Path, stage: str) -> list[dict[str, Any]]:
+    """The records of `images` or `kept`, of all shards, sorted by quadruple and variant.
+
+    Raises:
+        DatasetError: the stage is absent or unfinished, or a record cannot be used.
+    """
+    records = read_stage(folder, stage)
+    seen: set[Hashable] = set()
+    for record in records:
+        numbers = [record.get(name) for name in ("quadruple_id", "variant")]
+        if not all(type(value) is int and value >= 0 for value in numbers):
+            raise DatasetError(
+                f"{folder}: a record of {stage}.jsonl has no whole numbers quadruple_id and variant: {record}"
+            )
+        if pair_key(record) in seen:
+            raise DatasetError(f"{folder}: {stage}.jsonl lists quadruple {numbers[0]}, variant {numbers[1]} twice")
+        seen.add(pair_key(record))
+        for side in ("left", "right"):
+            _inside(record.get(side), folder, stage)
+    return sorted(records, key=lambda record: (record["quadruple_id"], record["variant"]))
+
+
+def _quadruple(record: dict[str, Any], folder: str | Path) -> Quadruple:
+    number = record.get("id")
+    texts = [record.get(name) for name in QUADRUPLE_KEYS]
+    if type(number) is not int or number < 0:
+        raise DatasetError(f"{folder}: a quadruple's id is {number!r}; it must be a whole number from 0 on")
+    for name, text in zip(QUADRUPLE_KEYS, texts):
+        if not isinstance(text, str) or not text.strip():
+            raise DatasetError(f"{folder}: quadruple {number} has no text {name}")
+    return Quadruple(number, *map(str, texts))
+
+
+def _inside(path: Any, folder: str | Path, stage: str) -> None:
+    if not isinstance(path, str) or not path or Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+        raise DatasetError(f"{folder}: {stage}.jsonl names the picture {path!r}, which is no path inside the folder")

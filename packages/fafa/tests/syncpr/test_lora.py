@@ -1,0 +1,223 @@
+"""fafa-syncpr pairs and lora: what is trained, exact resumption, and a file that diffusers loads."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fafa.cli import syncpr_main
+from fafa.syncpr.denoising import packed, picture_ids
+from fafa.syncpr.lora import read_captions
+from fafa.syncpr.lora_training import _Run
+from fafa.syncpr.pairs import side_by_side
+from fafa.syncpr.text_to_image import Sampling, TextToImage, load_lora, load_pipeline
+from tbps_common.errors import DatasetError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def train(models: Path, pairs: Path) -> Callable[..., int]:
+    """`train(out, *more, kind="sd")`: six steps of four pictures."""
+
+    def run(out: Path, *more: str, kind: str = "sd") -> int:
+        small = ["--height", "32", "--width", "32", "--batch-size", "4", "--rank", "2", "--num-workers", "0"]
+        pace = ["--steps", "6", "--warmup", "2", "--log-every", "2", "--save-every", "3", "--learning-rate", "1e-2"]
+        places = ["--data", str(pairs), "--model", str(models / kind), "--out", str(out), "--device", "cpu"]
+        return syncpr_main(["lora", *places, *small, *pace, *more])
+
+    return run
+
+
+def test_pairs_lie_side_by_side_with_the_prompt_of_the_images(pairs: Path) -> None:
+    items = read_captions(pairs)
+    assert len(items) == 16
+    with Image.open(items[0][0]) as picture:
+        assert picture.size == (32, 32)
+        left, right = picture.getpixel((8, 14)), picture.getpixel((24, 14))
+    assert left[0] > 150 > left[2] and right[2] > 150 > right[0]  # a red and a blue coat
+    assert re.search(
+        r"Left photograph: A person in a red shirt\. Right photograph: A person in a blue shirt\.", items[0][1]
+    )
+    halves = [Image.new("RGB", (10, 50), colour) for colour in ("red", "blue")]
+    assert side_by_side(halves, 16, 32).getpixel((31, 15)) == (0, 0, 255)
+
+
+def test_flux_patches_are_packed_as_diffusers_unpacks_them() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 4, 6, 10)
+    # vae_scale_factor 1 and pictures of twice the size: diffusers counts pixels, these are latents.
+    assert torch.equal(FluxPipeline._unpack_latents(packed(latents), 6, 10, 1), latents)
+    assert picture_ids(2, 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_the_file_changes_what_the_pipeline_paints(
+    models: Path, train: Callable[..., int], tmp_path: Path, kind: str
+) -> None:
+    assert train(tmp_path / "lora", kind=kind) == 0
+    weights = load_file(tmp_path / "lora" / WEIGHTS)
+    part = {"sd": "unet", "flux": "transformer"}[kind]
+    assert weights and all(name.startswith(f"{part}.") for name in weights)
+    ups = [value for name, value in weights.items() if re.search(r"lora(_B|\.up)", name)]
+    assert ups and all(float(value.abs().max()) > 0 for value in ups)  # they begin at zero: every one was trained
+    painted = []
+    for scale in (None, 0.0, 1.0):
+        pipeline = load_pipeline(str(models / kind), None, torch.float32)
+        if scale is not None:
+            load_lora(pipeline, str(tmp_path / "lora"), scale)
+        engine = TextToImage(pipeline, torch.device("cpu"))
+        painted.append(engine.paint(["a man in red"], [1], Sampling(32, 32, 2, 3.5))[0].tobytes())  # type: ignore[union-attr]
+    assert painted[0] == painted[1] != painted[2]
+
+
+def test_the_loaded_lora_computes_what_was_trained(models: Path, pairs: Path, tmp_path: Path, train: Any) -> None:
+    """The denoiser of the training and the one with the loaded file give the same output for the same input."""
+    trained: list[Any] = []
+    make = _Run.__init__
+
+    def keep(self: _Run, *given: Any) -> None:
+        make(self, *given)
+        trained.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "__init__", keep)
+        assert train(tmp_path / "lora") == 0
+    pipeline = load_pipeline(str(models / "sd"), None, torch.float32)
+    load_lora(pipeline, str(tmp_path / "lora" / WEIGHTS), 1.0)
+    given = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 32)
+    with torch.no_grad():
+        ours = trained[0].method.denoiser(given[0], given[1], encoder_hidden_states=given[2]).sample
+        theirs = pipeline.unet(given[0], given[1], encoder_hidden_states=given[2]).sample
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_half_precision_trains_a_lora_in_full_precision(train: Callable[..., int], tmp_path: Path, kind: str) -> None:
+    assert train(tmp_path, "--dtype", "bfloat16", "--steps", "2", kind=kind) == 0
+    weights = load_file(tmp_path / WEIGHTS)
+    assert all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_training_lowers_the_loss(train: Callable[..., int], tmp_path: Path) -> None:
+    # Every step sees all 16 pictures, so that the means of the log are comparable.
+    flags = ["--steps", "32", "--batch-size", "16", "--log-every", "8", "--save-every", "32", "--rank", "8"]
+    assert train(tmp_path, *flags) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_a_killed_run_ends_with_the_same_weights(
+    train: Callable[..., int], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(tmp_path / "whole", kind=kind) == 0
+    step = _Run._train_step
+
+    def mortal(self: _Run, batch: dict[str, Any]) -> torch.Tensor:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(_Run, "_train_step", mortal)
+    assert train(tmp_path / "parts", kind=kind) == 130
+    assert not json.loads((tmp_path / "parts" / f"{WEIGHTS}.manifest.json").read_text(encoding="utf-8"))["finished"]
+    monkeypatch.setattr(_Run, "_train_step", step)
+    assert train(tmp_path / "parts", kind=kind) == 0
+    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole) and set(whole) == set(parts)
+    logs = [(tmp_path / name / "log.jsonl").read_text(encoding="utf-8").splitlines() for name in ("whole", "parts")]
+    assert [json.loads(line)["step"] for line in logs[1]] == [2, 4, 6] == [json.loads(line)["step"] for line in logs[0]]
+
+
+def test_finished_runs_are_left_alone_and_can_be_prolonged(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "a") == 0
+    before = (tmp_path / "a" / WEIGHTS).read_bytes()
+    capsys.readouterr()
+    assert train(tmp_path / "a") == 0
+    assert "all 6 steps are done already" in capsys.readouterr().out
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == before
+    assert train(tmp_path / "a", "--steps", "8") == 0 and train(tmp_path / "b", "--steps", "8") == 0
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert train(tmp_path / "a", "--rank", "4") == 2
+    assert "rank=2" in capsys.readouterr().err
+
+
+def test_bad_data_is_named(tmp_path: Path, pairs: Path) -> None:
+    with pytest.raises(DatasetError, match="captions.jsonl does not exist"):
+        read_captions(tmp_path)
+    path = tmp_path / "captions.jsonl"
+    for content, said in (
+        ("", "holds no pictures"),
+        ("{\n", "line 1"),
+        ('{"image": 3, "caption": "a"}\n', "line 1"),
+        ('{"image": "../x.png", "caption": "a"}\n', "no path inside"),
+        ('{"image": "x.png", "caption": "a"}\n', "x.png"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(DatasetError, match=re.escape(said)):
+            read_captions(tmp_path)
+
+
+def test_bad_flags_are_one_line(
+    train: Callable[..., int], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, said in (
+        (["--height", "40"], "multiples of 16"),
+        (["--batch-size", "17"], "lower the batch size"),
+        (["--model", str(models / "clip")], "model_index.json"),
+        (["--learning-rate", "1e30"], "not finite"),
+    ):
+        out = tmp_path / said.split()[0]
+        assert train(out, *flags) == 2
+        shown = capsys.readouterr().err
+        assert said in shown and "Traceback" not in shown
+        assert not (out / WEIGHTS).exists()
+
+
+def test_a_damaged_state_is_named(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "lora", "--steps", "3") == 0
+    state = tmp_path / "lora" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    assert train(tmp_path / "lora") == 2
+    assert "training_state.pt" in capsys.readouterr().err
+
+
+def test_another_family_is_refused(models: Path, train: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    folder = Path(shutil.copytree(models / "sd", tmp_path / "model"))
+    index = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(index | {"prediction_type": "sample"}))
+    assert train(tmp_path / "lora", "--model", str(folder)) == 2
+    assert "Stable Diffusion 1 and 2 and for Flux" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_with_twice_the_batch(
+    models: Path, pairs: Path, train: Callable[..., int], tmp_path: Path
+) -> None:
+    import subprocess
+    import sys
+
+    assert train(tmp_path / "one", "--steps", "3") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fafa.syncpr"]
+    flags = ["--data", str(pairs), "--model", str(models / "sd"), "--out", str(tmp_path / "two"), "--device", "cpu"]
+    small = ["--height", "32", "--width", "32", "--batch-size", "2", "--rank", "2", "--num-workers", "0"]
+    pace = ["--steps", "3", "--warmup", "2", "--learning-rate", "1e-2", "--log-every", "2", "--save-every", "3"]
+    done = subprocess.run([*launch, "lora", *flags, *small, *pace], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,212 @@
+"""`mra-dad generate`: pictures of every training caption, each from a noise of its own."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mra.dad.naming import image_name, image_seed
+from mra.dad.prompts import prompts_of
+from mra.dad.work import GENERATED, Process, digest, require_extra, require_model, run
+from mra.text.wordnet import SynonymTable, read_synonyms, require_wordnet
+from tbps_common.datasets import load_processed_train
+from tbps_common.errors import InputError
+from tbps_common.files import atomic_path
+from tbps_common.stages import Dropped, Record
+
+EMPTY, NOT_FINITE = "empty caption", "not a finite picture"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stage; returns the exit status.
+
+    Raises:
+        InputError: flags, captions or models cannot be used.
+    """
+    require_extra("diffusers", "accelerate", *(("peft",) if args.lora else ()))
+    check_flags(args)
+    captions = load_processed_train(args.train_file, args.image_root).captions
+    if args.captions is not None:
+        captions = captions[: args.captions]
+    if not captions:
+        raise InputError(f"--train_file {args.train_file} holds no caption: give the training pairs")
+    synonyms = SynonymTable(read_synonyms(args.synonyms)) if args.synonyms else None
+    if synonyms is None and args.variants > 1:
+        require_wordnet()
+    records = [
+        {"image": image_name(index, variant), "index": index, "variant": variant}
+        for index in range(len(captions))
+        for variant in range(args.variants)
+    ]
+    _refuse_strange_pictures(args)
+    with_words = _Prompts(captions, args, synonyms)
+    return run(args, GENERATED, records, settings_of(args, captions), lambda: _build(args, with_words))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, and models that are not there.
+
+    Raises:
+        InputError: names the flag.
+    """
+    if args.controlnet and args.lora:
+        raise InputError("--controlnet and --lora are two ways of fine-tuning: give one of them")
+    for size, flag in ((args.height, "--height"), (args.width, "--width")):
+        if size % 8:
+            raise InputError(f"{flag} {size} is not a multiple of 8, the step of the models' latent pictures")
+    if not 1 <= args.quality <= 100:
+        raise InputError(f"--quality {args.quality} is out of range: give 1 to 100")
+    for name, flag in ((args.model, "--model"), (args.controlnet, "--controlnet"), (args.lora, "--lora")):
+        if name:
+            require_model(flag, name)
+
+
+def _refuse_strange_pictures(args: argparse.Namespace) -> None:
+    """Never draw over the pictures of the release, or of another --work."""
+    if not any(Path(args.work).glob(f"{GENERATED}*.jsonl")):
+        strange = next(Path(args.images).glob("c_*_*"), None)
+        if strange is not None:
+            raise InputError(f"{strange} was not made from {args.work} and would be drawn over: give another --images")
+
+
+def settings_of(args: argparse.Namespace, captions: list[str]) -> Record:
+    """What the pictures depend on."""
+    names = ("model", "controlnet", "lora", "height", "width", "variants", "steps", "guidance", "control_scale")
+    more = ("negative_prompt", "scheduler", "seed", "quality", "precision", "synonyms")
+    return {**{name: getattr(args, name) for name in (*names, *more)}, "captions": digest(*captions)}
+
+
+class _Prompts:
+    """The prompt of a picture; those of one caption are made at once."""
+
+    def __init__(self, captions: list[str], args: argparse.Namespace, synonyms: SynonymTable | None):
+        self._captions, self._args, self._synonyms = captions, args, synonyms
+        self._last: tuple[int, list[str]] = (-1, [])
+
+    def __call__(self, record: Record) -> str:
+        index = record["index"]
+        if self._last[0] != index:
+            args = self._args
+            self._last = index, prompts_of(self._captions[index], args.variants, args.seed, index, self._synonyms)
+        return self._last[1][record["variant"]]
+
+
+def _build(args: argparse.Namespace, prompt_of: _Prompts) -> Process:
+    from tbps_common.device import choose_device
+
+    device = choose_device(args.device)
+    pipeline = load_pipeline(args, device)
+
+    def process(batch: list[Record]) -> Sequence[Record | Dropped]:
+        prompts = [prompt_of(record) for record in batch]
+        chosen = [place for place, prompt in enumerate(prompts) if prompt]
+        pictures = iter(draw(pipeline, args, [(batch[place], prompts[place]) for place in chosen]) if chosen else ())
+        results: list[Record | Dropped] = []
+        for record, prompt in zip(batch, prompts):
+            if not prompt:
+                results.append(Dropped(EMPTY))
+                continue
+            picture = next(pictures)
+            if picture is None:
+                results.append(Dropped(NOT_FINITE, {"prompt": prompt}))
+                continue
+            with atomic_path(Path(args.images) / record["image"]) as temporary:
+                picture.save(temporary, format="JPEG", quality=args.quality)
+            results.append({**record, "prompt": prompt})
+        return results
+
+    return process
+
+
+def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
+    """The text-to-image pipeline of `--model` with `--controlnet` or `--lora`, on `device`.
+
+    Raises:
+        InputError: a model cannot be loaded, or they do not belong together.
+    """
+    import diffusers
+
+    from mra.dad.models import choose_dtype, load, quiet
+
+    dtype = choose_dtype(args.precision, device, on_gpu="fp16")
+    common: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    with quiet():
+        more: dict[str, Any] = {}
+        if args.controlnet:
+            more["controlnet"] = load(
+                "--controlnet",
+                args.controlnet,
+                lambda: diffusers.ControlNetModel.from_pretrained(args.controlnet, **common),
+            )
+        pipeline = load(
+            "--model",
+            args.model,
+            lambda: diffusers.AutoPipelineForText2Image.from_pretrained(args.model, **common, **more),
+        )
+        if args.lora:
+            load("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora))
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # it would put black pictures in the place of some; the next stage filters
+    if args.controlnet:
+        _check_fit(pipeline, args)
+    if args.scheduler != "model":
+        kind = {
+            "ddim": diffusers.DDIMScheduler,
+            "dpm": diffusers.DPMSolverMultistepScheduler,
+            "unipc": diffusers.UniPCMultistepScheduler,
+        }[args.scheduler]
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _check_fit(pipeline: Any, args: argparse.Namespace) -> None:
+    own, theirs = pipeline.controlnet.config, pipeline.unet.config
+    for name in ("cross_attention_dim", "block_out_channels", "in_channels"):
+        if own[name] != theirs[name]:
+            raise InputError(
+                f"--controlnet {args.controlnet} was not made for --model {args.model} ({name} {own[name]} and "
+                f"{theirs[name]}): give the model that it was fine-tuned with"
+            )
+
+
+def draw(pipeline: Any, args: argparse.Namespace, wanted: list[tuple[Record, str]]) -> list[Any]:
+    """Pictures of (record, prompt) pairs, in order; None where the network gave no finite numbers.
+
+    The noise of a picture comes from a generator of its own on the CPU: it is the same on every device and in every
+    batch.
+    """
+    import torch
+    from PIL import Image
+
+    generators = [
+        torch.Generator().manual_seed(image_seed("noise", args.seed, record["index"], record["variant"]))
+        for record, _ in wanted
+    ]
+    prompts = [prompt for _, prompt in wanted]
+    more: dict[str, Any] = {}
+    if args.negative_prompt:
+        more["negative_prompt"] = [args.negative_prompt] * len(prompts)
+    if args.controlnet:
+        white = Image.new("RGB", (args.width, args.height), "white")
+        more |= {"image": [white] * len(prompts), "controlnet_conditioning_scale": args.control_scale}
+    tensors = pipeline(
+        prompt=prompts,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=generators,
+        output_type="pt",
+        **more,
+    ).images
+    return [_picture(tensor) if bool(torch.isfinite(tensor).all()) else None for tensor in tensors]
+
+
+def _picture(tensor: Any) -> Any:
+    """`[3, h, w]` in 0..1 -> picture."""
+    import torch
+    from PIL import Image
+
+    pixels = tensor.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,219 @@
+"""What the stages share: their files, what they were made with, and the way they are run."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tbps_common.errors import DatasetError, InputError
+from tbps_common.images import check_images_exist
+from tbps_common.stages import Dropped, Record, manifest_path, read_stage, run_stage
+
+# Output of each stage, and the stage whose output it reads.
+GENERATED, FILTERED, CAPTIONED, REGIONS = "generated", "filtered", "captioned", "regions"
+MADE_BY = {GENERATED: "generate", FILTERED: "filter", CAPTIONED: "caption", REGIONS: "regions"}
+
+EXTRA = "pip install 'mra[dad]'"
+_LIBRARIES = ("diffusers", "peft", "torch", "transformers")
+
+Process = Callable[[list[Record]], Sequence[Record | Dropped]]
+
+
+def image_of(record: Record) -> str:
+    """A record's key: the name of its picture below `--images`."""
+    return record["image"]
+
+
+def picture_order(record: Record) -> tuple[int, int]:
+    """Sorts records by caption, then by variant, whatever shards they come from."""
+    return record["index"], record["variant"]
+
+
+def require_extra(*libraries: str) -> None:
+    """Require the libraries that only `mra-dad` uses.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    absent = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if absent:
+        raise InputError(f"this command needs {' and '.join(absent)}, not installed here: run  {EXTRA}")
+
+
+def require_model(flag: str, name: str) -> None:
+    """Refuse what can be neither a folder with a model nor the name of one.
+
+    Raises:
+        InputError: names the flag.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise InputError(f"{flag} {name} is a file: give a model's folder, or its hub id")
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "model_index.json")) and not list(
+            path.glob("*.safetensors")
+        ):
+            raise InputError(f"{flag} {name} holds no model (no config.json, model_index.json or *.safetensors)")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{flag} {name} is no folder: check the path, or give a hub id such as owner/name")
+
+
+def read_input(args: argparse.Namespace, stem: str) -> tuple[list[Record], str]:
+    """All records of the stage before, in order, and a digest of how they were made.
+
+    Raises:
+        DatasetError: the stage before is not finished, or its shards were made with different settings.
+    """
+    folder = Path(args.work)
+    command = f"mra-dad {MADE_BY[stem]} --work {folder}"
+    if not any(folder.glob(f"{stem}*.jsonl")):
+        raise DatasetError(f"{folder} holds no {stem}.jsonl: run {command} first, or check --work")
+    records = read_stage(folder, stem)
+    if not records:
+        raise DatasetError(f"{folder}: {command} kept no picture; the reasons are in {stem}*.jsonl.dropped.jsonl")
+    try:
+        records.sort(key=picture_order)
+        keys = [image_of(record) for record in records]
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{folder}/{stem}*.jsonl holds records without image, index or variant ({error}): run {command} again"
+        ) from error
+    _require_safe(keys, f"{folder}/{stem}*.jsonl")
+    return records, _digest_of_stage(folder, stem)
+
+
+def _require_safe(images: list[str], file: str) -> None:
+    for image in images:
+        if not isinstance(image, str) or os.path.isabs(image) or ".." in Path(image).parts or "\0" in image:
+            raise DatasetError(f"{file} names the image {image!r}, which does not lie below --images: correct it")
+
+
+def _digest_of_stage(folder: Path, stem: str) -> str:
+    settings = set()
+    for path in folder.glob(f"{stem}*.jsonl.manifest.json"):
+        try:
+            settings.add(json.dumps(json.loads(path.read_text(encoding="utf-8"))["settings"], sort_keys=True))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{path} is damaged: run mra-dad {MADE_BY[stem]} again") from error
+    if len(settings) > 1:
+        raise DatasetError(
+            f"{folder}: the shards of {stem} were made with different settings: make them again with the same flags"
+        )
+    return digest("".join(settings))
+
+
+def digest(*texts: str) -> str:
+    """A short fingerprint of texts."""
+    joined = hashlib.sha256()
+    for text in texts:
+        joined.update(text.encode("utf-8") + b"\0")
+    return joined.hexdigest()[:16]
+
+
+def require_images(args: argparse.Namespace, records: list[Record]) -> None:
+    """Require the pictures of all records.
+
+    Raises:
+        DatasetError: some are missing.
+    """
+    paths = [os.path.join(args.images, image_of(record)) for record in records]
+    check_images_exist(paths, args.images, flag="--images")
+
+
+def run(
+    args: argparse.Namespace,
+    stem: str,
+    records: list[Record],
+    settings: Record,
+    build: Callable[[], Process],
+    *,
+    unit: str = "picture",
+) -> int:
+    """Run this shard of a stage; nothing is loaded if it is finished already.
+
+    Args:
+        args: flags of the subcommand.
+        stem: of the output.
+        records: of all shards.
+        settings: what the results depend on.
+        build: loads the models and returns what turns a batch into results.
+        unit: of the progress bar.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        InputError: input, flags or models cannot be used.
+    """
+    output = args.shard.file(args.work, stem)
+    _refuse_other_sharding(args, stem)
+    items = args.shard.of(records)
+    process: Process = _nothing_to_do if _is_finished(output, settings, len(items)) else build()
+    notes = {"batch_size": args.batch_size, "device": args.device, "libraries": versions()}
+    outcome = run_stage(
+        items,
+        _with_advice(process),
+        output,
+        key=image_of,
+        settings=settings,
+        batch_size=args.batch_size,
+        unit=unit,
+        notes=notes,
+    )
+    print(outcome.sentence(unit))
+    return outcome.exit_status
+
+
+def _refuse_other_sharding(args: argparse.Namespace, stem: str) -> None:
+    """A folder in which two divisions of the same work are mixed could not be read by the next stage."""
+    own = args.shard.file(args.work, stem).name
+    others = [path.name for path in Path(args.work).glob(f"{stem}*.jsonl") if not path.name.endswith("dropped.jsonl")]
+    total = f"-of-{args.shard.count}.jsonl" if args.shard.count > 1 else own
+    strange = sorted(name for name in others if name != own and not name.endswith(total))
+    if strange:
+        raise InputError(
+            f"{args.work} holds {strange[0]}, which --shard {args.shard} does not go with: use the same number of shards"
+        )
+
+
+def _is_finished(output: Path, settings: Record, count: int) -> bool:
+    try:
+        manifest = json.loads(manifest_path(output).read_text(encoding="utf-8"))
+        same = manifest["settings"] == json.loads(json.dumps(settings))
+        return output.is_file() and same and manifest["finished"] is True and manifest["items"] == count
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _nothing_to_do(batch: list[Record]) -> Sequence[Record | Dropped]:
+    raise InputError("the manifest says that this stage is finished, but records are missing: delete it and run again")
+
+
+def _with_advice(process: Process) -> Process:
+    def run_batch(batch: list[Record]) -> Sequence[Record | Dropped]:
+        import torch
+
+        try:
+            return process(batch)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"a batch of {len(batch)} does not fit into the GPU's memory: lower --batch_size (what is done so far is "
+                "kept)"
+            ) from error
+
+    return run_batch
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on, where they are installed."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
