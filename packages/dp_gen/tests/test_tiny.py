@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 from dp_gen import encode_with_image_tokens, load_tokenizer
 from dp_gen.cli import make_tiny_main
 from dp_gen.tiny import byte_symbols, learn_merges
-from dp_gen.tiny_vae import start_as_mean_colours, train_images
+from dp_gen.tiny_vae import train_images
+from tbps_common.tiny_vae import start_as_mean_colours
 
 
 def test_every_word_becomes_one_token() -> None:

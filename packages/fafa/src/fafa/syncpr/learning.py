@@ -20,6 +20,7 @@ from fafa.syncpr.prompts import image_prompt
 from fafa.syncpr.scoring import PADDING
 from fafa.syncpr.tiny import clip_model, stable_diffusion
 from fafa.syncpr.toy import SIDE, TEMPLATE
+from tbps_common.tiny_vae import start_as_mean_colours
 
 _LONGEST_PROMPT = 96
 _BATCH = 16
@@ -107,6 +108,7 @@ def _teach_auto_encoder(vae: Any, drawings: Drawings, updates: int) -> None:
         made = vae.decode(posterior.sample()).sample
         return F.l1_loss(made, pixels) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
+    start_as_mean_colours(vae)
     _train("auto-encoder", vae.parameters(), loss, len(drawings.captions), updates, 2e-3)
     vae.eval()
     with torch.no_grad():

@@ -19,6 +19,7 @@ from tbps_common.datasets.processed import ProcessedTrain
 from tbps_common.images import read_image
 from tbps_common.loading import EpochBatches, SeededItems
 from tbps_common.randomness import seed_everything
+from tbps_common.tiny_vae import start_as_mean_colours
 
 BATCH_SIZE = 16
 _AUTOENCODER_SHARE = 0.35
@@ -59,6 +60,7 @@ def train_diffusion(folder: Path, data: ProcessedTrain, size: tuple[int, int], s
         decoded = vae.decode(posterior.mean + posterior.std * batch["encoding_noise"]).sample
         return F.l1_loss(decoded, batch["pixels"]) + _KL_WEIGHT * posterior.kl().mean()
 
+    start_as_mean_colours(vae)
     _train([vae], reconstruct, batches, loader, first, rate=3e-3)
     _scale_latents(vae, loader)
 
