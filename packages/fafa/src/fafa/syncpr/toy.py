@@ -48,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", type=whole_number(1), default=2, help="pictures per quadruple")
     parser.add_argument("--steps", type=whole_number(1), default=20, help="steps of the sampler")
     parser.add_argument(
-        "--min-image-text", type=number(-1), default=0.1, help="of the filter; the tiny CLIP has a scale of its own"
+        "--min-image-text", type=number(-1), default=-0.5, help="of the filter; the tiny CLIP has a scale of its own"
     )
     parser.add_argument(
         "--min-identity", type=number(-1), default=0.2, help="of the filter; the tiny CLIP has a scale of its own"
