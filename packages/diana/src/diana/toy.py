@@ -53,6 +53,7 @@ LEARNING_FLAGS = (
 PRETRAIN_FLAGS = ("--lr_scheduler_type", "constant_with_warmup", "--num_train_epochs", "22")
 FINETUNE_FLAGS = ("--num_train_epochs", "26", "--save_total_limit", "1")
 BATCH_SIZE = 32
+MOST_THREADS = 4
 TURNS = ("1", "2", "3", "4", "5")
 _SETTINGS_NAME = "toy.json"
 
@@ -141,7 +142,9 @@ def _script(layout: Path, stage: str, variables: dict[str, str], arguments: Sequ
     folder = layout / ("eval" if stage == "eval" else "train")
     words = ["bash", f"shell/{stage}.sh", *arguments]
     echo([*(f"{name}={value}" for name, value in variables.items()), *words], folder)
-    run_child(words, cwd=folder, env={"PYTHON": sys.executable, **os.environ, **variables})
+    # The scripts themselves take one thread, as one process of many; here there is no other.
+    threads = str(min(os.cpu_count() or 1, MOST_THREADS))
+    run_child(words, cwd=folder, env={"PYTHON": sys.executable, "OMP_NUM_THREADS": threads, **os.environ, **variables})
 
 
 def _conclude(out: Path, seconds: float) -> None:
