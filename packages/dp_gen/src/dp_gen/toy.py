@@ -7,20 +7,17 @@ import argparse
 import json
 import os
 import re
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dp_gen.constants import BASE_MODEL, IMAGE_ENCODER
 from dp_gen.make_tiny import VAE_UPDATES
 from tbps_common.arguments import whole_number
 from tbps_common.errors import InputError
+from tbps_common.steps import StepFailed, call, echo, run_child
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny editor on it with the paper's own train command, edit test images and
@@ -93,28 +90,17 @@ def main(argv: list[str]) -> int:
         numbers = _examine(out, args)
         _generate(out, args)
         _annotate(out)
-    except _StepFailed as failure:
+    except StepFailed as failure:
         return failure.status
     _conclude(out, numbers, time.perf_counter() - started)
     return 0
-
-
-class _StepFailed(Exception):
-    """A command ended with another status than 0; it has said why."""
-
-    def __init__(self, status: int):
-        super().__init__(status)
-        self.status = status
 
 
 def _make_world(out: Path, preset: str) -> None:
     from tbps_common.cli import synth_main
 
     arguments = ["--out", str(out / "world"), "--preset", preset, "--layouts", "dp"]
-    _echo(["tbps-synth", *arguments])
-    status = synth_main(arguments)
-    if status:
-        raise _StepFailed(status)
+    call("tbps-synth", synth_main, arguments)
 
 
 def _make_models(out: Path, args: argparse.Namespace) -> None:
@@ -127,10 +113,7 @@ def _make_models(out: Path, args: argparse.Namespace) -> None:
         *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),
         *("--unet_width", str(UNET_WIDTH)),
     ]
-    _echo(["dp-make-tiny", *arguments])
-    status = make_tiny_main(arguments)
-    if status:
-        raise _StepFailed(status)
+    call("dp-make-tiny", make_tiny_main, arguments)
 
 
 def train_arguments(updates: int, resolution: int) -> list[str]:
@@ -256,30 +239,9 @@ def _run(
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a command in the toy's folder as a process of its own; signals are the child's to handle."""
-    _echo([*shown, *arguments])
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: Any) -> None:
-        if child is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
-
-    # A process group of their own: accelerate's launcher dies of a signal without telling the training it has started.
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        child = subprocess.Popen(
-            [*command, *arguments], cwd=out, env={**os.environ, **(environment or {})}, start_new_session=True
-        )
-        status = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if status:
-        raise _StepFailed(status if status > 0 else 128 - status)
-
-
-def _echo(command: Sequence[str]) -> None:
-    print(f"\n$ {shlex.join(command)}\n", flush=True)
+    echo([*shown, *arguments])
+    # accelerate's launcher dies of a signal without telling the training it has started.
+    run_child([*command, *arguments], cwd=out, env={**os.environ, **(environment or {})}, group=True)
 
 
 def _conclude(out: Path, numbers: Mapping[str, Mapping[str, float]], seconds: float) -> None:

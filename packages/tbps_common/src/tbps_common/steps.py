@@ -1,9 +1,11 @@
 """Commands made of commands (the toys): every step is shown, run, and ends everything with its exit status if it fails."""
 
+import os
 import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,16 @@ def call(name: str, command: Callable[[list[str]], int], arguments: Sequence[str
         raise StepFailed(status)
 
 
-def run_child(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+def run_child(
+    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, group: bool = False
+) -> None:
     """Run a command as a process of its own and wait for it. Signals are the child's to handle.
+
+    Args:
+        command: program and arguments.
+        cwd: folder to run it in.
+        env: whole environment of the child.
+        group: signal the child's whole process group, for a launcher that dies without telling what it has started.
 
     Raises:
         StepFailed: it did not return 0.
@@ -47,13 +57,16 @@ def run_child(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[s
 
     def forward(number: int, frame: Any) -> None:
         # Ctrl-C in a terminal reaches the child without our doing; it saves its state and ends.
-        if child is not None and number == signal.SIGTERM:
+        if child is not None and group:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+        elif child is not None and number == signal.SIGTERM:
             child.send_signal(number)
 
     # Handlers, not SIG_IGN, which a child would inherit.
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        child = subprocess.Popen(list(command), cwd=cwd, env=env)
+        child = subprocess.Popen(list(command), cwd=cwd, env=env, start_new_session=group)
         status = child.wait()
     finally:
         for number, handler in previous.items():

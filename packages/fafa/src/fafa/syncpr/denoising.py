@@ -1,5 +1,6 @@
 """What a LoRA is trained with: the denoising objective of each family of text-to-image models."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ LORA_TARGETS = (
 )
 
 
-class Denoising:
+class Denoising(ABC):
     """A pipeline's frozen parts, and the loss of its denoiser.
 
     Attributes:
@@ -51,10 +52,11 @@ class Denoising:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (drawn - shift) * vae.config.scaling_factor
 
+    @abstractmethod
     def encode(self, captions: Sequence[str]) -> Any:
         """What the denoiser reads of the captions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, latents: Tensor, texts: Any, noise: Tensor, uniform: Tensor) -> Tensor:
         """Mean squared error of the denoiser's prediction, a scalar.
 
@@ -64,7 +66,6 @@ class Denoising:
             noise: `[B, C, h, w]`, standard normal.
             uniform: `[B]` in [0, 1), decides the time.
         """
-        raise NotImplementedError
 
 
 class NoisePrediction(Denoising):
