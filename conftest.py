@@ -6,7 +6,9 @@ parity test fails the run, so that a renamed folder cannot pass unseen.
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +105,56 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         report for report in terminalreporter.getreports("passed") if _PARITY in map(tuple, report.user_properties)
     ]
     terminalreporter.write_line(f"parity tests passed: {len(passed)}")
+
+
+@pytest.fixture
+def kill_when_changed() -> Callable[..., None]:
+    """`kill_when_changed(command, flags, watches, preload)`: start `command(flags)` in a process of its own once per
+    watch, and SIGKILL it in the moment in which what `watch()` returns has changed. `preload` names the modules that the
+    processes find imported, so that they start at once.
+    """
+
+    def kill(
+        command: Callable[[list[str]], int],
+        flags: list[str],
+        watches: Sequence[Callable[[], object]],
+        preload: Sequence[str] = (),
+    ) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        for number, watch in enumerate(watches):
+            before = watch()
+            child = context.Process(target=command, args=(flags,))
+            child.start()
+            while child.is_alive() and watch() == before:
+                time.sleep(0.001)
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL, f"run {number} ended by itself with {child.exitcode}"
+
+    return kill
+
+
+@pytest.fixture
+def second_process_raises(tmp_path: Path) -> dict[str, str]:
+    """Variables of the environment under which process 1 of a torchrun raises "rank one is lost" in its second step."""
+    folder = tmp_path / "sitecustomize"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from tbps_common.finite import FiniteLoss\n"
+        "    update, calls = FiniteLoss.update, []\n"
+        "    def fail(self, loss, iteration):\n"
+        "        calls.append(iteration)\n"
+        "        if len(calls) == 2: raise RuntimeError('rank one is lost')\n"
+        "        update(self, loss, iteration)\n"
+        "    FiniteLoss.update = fail\n",
+        encoding="utf-8",
+    )
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(autouse=True, scope="session")

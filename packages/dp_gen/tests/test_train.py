@@ -346,6 +346,26 @@ def test_two_processes(tmp_path: Path, train_flags: Flags) -> None:
 
 
 @pytest.mark.slow
+def test_one_failing_process_ends_the_job(
+    tmp_path: Path, train_flags: Flags, second_process_raises: dict[str, str]
+) -> None:
+    """Process 1 raises in its second update; the other one sits in a collective that will never end."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = train_flags(tmp_path / "out", "--train_batch_size", "1", "--checkpointing_steps", "3")
+    began = time.monotonic()
+    done = subprocess.run(
+        [*launcher, str(PACKAGE / "train.py"), *flags],
+        env=second_process_raises,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0 and time.monotonic() - began < 200
+    assert "Traceback" in done.stderr and "rank one is lost" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
 def test_the_readme_command_through_accelerate_launch(
     tmp_path: Path, tiny_models: Path, training_folder: Path, helpers: Any
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,30 @@ def test_a_killed_run_loses_and_repeats_nothing(
     assert syncpr_main(flags) == 0
     assert len(painted) == 13 and len(set(painted)) == 13
     assert read_stage(tmp_path, "images") == load_pairs(pictured, "images")
+
+
+@pytest.mark.slow
+def test_sigkill_loses_and_repeats_no_picture(
+    pictured: Path, tmp_path: Path, image_flags: list[str], kill_when_changed: Callable[..., None]
+) -> None:
+    shutil.copy(pictured / "quadruples.jsonl", tmp_path)
+
+    def pictures() -> int:
+        return len(list(tmp_path.glob("test*/**/*.png")))
+
+    def records() -> int:
+        journal = tmp_path / "images.jsonl"
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    flags = ["images", "--out", str(tmp_path), *image_flags]
+    preload = ["fafa.syncpr.text_to_image", "diffusers", "transformers"]
+    kill_when_changed(syncpr_main, flags, [pictures, records, pictures], preload)
+    assert 1 <= records() < 12
+    assert syncpr_main(flags) == 0
+    assert read_stage(tmp_path, "images") == load_pairs(pictured, "images")
+    for record in load_pairs(pictured, "images"):
+        with Image.open(tmp_path / record["left"]) as one, Image.open(pictured / record["left"]) as other:
+            assert largest_difference(one, other) <= 1
 
 
 def test_useless_pictures_are_dropped_with_the_reason(

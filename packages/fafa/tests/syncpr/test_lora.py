@@ -1,8 +1,12 @@
 """fafa-syncpr pairs and lora: what is trained, exact resumption, and a file that diffusers loads."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +28,22 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
-def train(models: Path, pairs: Path) -> Callable[..., int]:
-    """`train(out, *more, kind="sd")`: six steps of four pictures."""
+def train_flags(models: Path, pairs: Path) -> Callable[..., list[str]]:
+    """`train_flags(out, *more, kind="sd")`: six steps of four pictures."""
 
-    def run(out: Path, *more: str, kind: str = "sd") -> int:
+    def flags(out: Path, *more: str, kind: str = "sd") -> list[str]:
         small = ["--height", "32", "--width", "32", "--batch-size", "4", "--rank", "2", "--num-workers", "0"]
         pace = ["--steps", "6", "--warmup", "2", "--log-every", "2", "--save-every", "3", "--learning-rate", "1e-2"]
         places = ["--data", str(pairs), "--model", str(models / kind), "--out", str(out), "--device", "cpu"]
-        return syncpr_main(["lora", *places, *small, *pace, *more])
+        return ["lora", *places, *small, *pace, *more]
 
-    return run
+    return flags
+
+
+@pytest.fixture
+def train(train_flags: Callable[..., list[str]]) -> Callable[..., int]:
+    """`train(out, *more, kind="sd")`: trains with `train_flags`; returns the exit status."""
+    return lambda out, *more, kind="sd": syncpr_main(train_flags(out, *more, kind=kind))
 
 
 def test_pairs_lie_side_by_side_with_the_prompt_of_the_images(pairs: Path) -> None:
@@ -138,6 +148,32 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert [json.loads(line)["step"] for line in logs[1]] == [2, 4, 6] == [json.loads(line)["step"] for line in logs[0]]
 
 
+@pytest.mark.slow
+def test_sigkill_inside_a_save_and_after_it_changes_nothing(
+    train: Callable[..., int],
+    train_flags: Callable[..., list[str]],
+    tmp_path: Path,
+    kill_when_changed: Callable[..., None],
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, "--save-every", "1") == 0
+
+    def temporary() -> set[Path]:
+        return set(parts.glob(".*"))
+
+    def stored() -> int:
+        path = parts / "training_state.pt"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    flags = train_flags(parts, "--save-every", "1")
+    preload = ["fafa.syncpr.lora_training", "diffusers", "transformers", "peft"]
+    kill_when_changed(syncpr_main, flags, [temporary, stored, temporary, stored], preload)
+    assert syncpr_main(flags) == 0
+    one, two = (load_file(folder / WEIGHTS) for folder in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one) and set(one) == set(two)
+    assert not temporary()
+
+
 def test_finished_runs_are_left_alone_and_can_be_prolonged(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,22 +240,32 @@ def test_another_family_is_refused(models: Path, train: Callable[..., int], tmp_
     assert "Stable Diffusion 1 and 2 and for Flux" in capsys.readouterr().err
 
 
+def two_processes(flags: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fafa.syncpr"]
+    return subprocess.run([*launch, *flags], capture_output=True, text=True, timeout=400, env=environment)
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_with_twice_the_batch(
-    models: Path, pairs: Path, train: Callable[..., int], tmp_path: Path
+    train: Callable[..., int], train_flags: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
     assert train(tmp_path / "one", "--steps", "3") == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fafa.syncpr"]
-    flags = ["--data", str(pairs), "--model", str(models / "sd"), "--out", str(tmp_path / "two"), "--device", "cpu"]
-    small = ["--height", "32", "--width", "32", "--batch-size", "2", "--rank", "2", "--num-workers", "0"]
-    pace = ["--steps", "3", "--warmup", "2", "--learning-rate", "1e-2", "--log-every", "2", "--save-every", "3"]
-    done = subprocess.run([*launch, "lora", *flags, *small, *pace], capture_output=True, text=True, timeout=400)
+    done = two_processes(train_flags(tmp_path / "two", "--steps", "3", "--batch-size", "2"), dict(os.environ))
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
     # AdamW divides a gradient by its size, so an element whose gradient is rounding noise takes a step of its own: single
     # elements may differ by a part of a step (the sum of three rates: 2.5e-2), whole matrices may not.
     for name in one:
         assert (one[name] - two[name]).norm() <= 1e-2 * one[name].norm(), name
+
+
+@pytest.mark.slow
+def test_one_failing_process_ends_the_job(
+    train_flags: Callable[..., list[str]], tmp_path: Path, second_process_raises: dict[str, str]
+) -> None:
+    """Process 1 raises in its second step; the other one sits in a collective that will never end."""
+    began = time.monotonic()
+    done = two_processes(train_flags(tmp_path / "out", "--batch-size", "2"), second_process_raises)
+    assert done.returncode != 0 and time.monotonic() - began < 200
+    assert "Traceback" in done.stderr and "rank one is lost" in done.stderr
+    assert not (tmp_path / "out" / WEIGHTS).exists()

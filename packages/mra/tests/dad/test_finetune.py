@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,30 @@ def test_interrupted_run_goes_on_with_the_same_numbers(
     assert "the training is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_sigkill_inside_a_save_and_after_it_changes_nothing(
+    tmp_path: Path, flags: Flags, kill_when_changed: Callable[..., None]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert dad_main(flags("finetune", whole, "--save_every", "1")) == 0
+
+    def temporary() -> set[Path]:
+        return set((parts / "model").glob(".*"))
+
+    def stored() -> int:
+        path = parts / "model/last.pth"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    words = flags("finetune", parts, "--save_every", "1")
+    preload = ["mra.dad.alignment", "diffusers", "transformers"]
+    kill_when_changed(dad_main, words, [temporary, stored, temporary, stored], preload)
+    assert dad_main(words) == 0
+    assert_same(state(whole), state(parts))
+    for name in ("model/log.jsonl", "model/controlnet/diffusion_pytorch_model.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert not temporary()
+
+
 def test_other_settings_are_refused_on_going_on(made: Path, flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
     assert dad_main(flags("finetune", made, "--seed", "7")) == 2
     assert "was begun with seed=42, and this run has seed=7" in capsys.readouterr().err
@@ -186,6 +211,23 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, flags: 
         assert torch.allclose(weights, two["weights"][name], atol=2e-4), name
     losses = [[json.loads(line)["loss"] for line in stored["progress"]["log"]] for stored in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_failing_process_ends_the_job(tmp_path: Path, flags: Flags, second_process_raises: dict[str, str]) -> None:
+    """Process 1 raises in its second step; the other one sits in a collective that will never end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "mra.dad"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, *flags("finetune", tmp_path, "--batch_size", "4")],
+        capture_output=True,
+        text=True,
+        env=second_process_raises,
+        timeout=300,
+    )
+    assert done.returncode != 0 and time.monotonic() - began < 200
+    assert "Traceback" in done.stderr and "rank one is lost" in done.stderr
+    assert not (tmp_path / "model/last.pth").exists()
 
 
 def test_precision_of_the_frozen_parts() -> None:
