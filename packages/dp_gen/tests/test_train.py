@@ -249,6 +249,21 @@ def test_a_loss_that_is_no_number_ends_the_run(
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+def test_an_image_that_cannot_be_read(
+    tmp_path: Path, train_flags: Flags, helpers: Any, fresh_accelerate: Forget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    helpers.write_training_folder(tmp_path / "data", 5)
+    (image,) = tmp_path.glob("data/**/000000001.png")
+    image.write_bytes(b"")
+    flags = train_flags(tmp_path / "out", "--dataset_name", str(tmp_path / "data"), "--max_train_steps", "4")
+    assert train_main(flags) == 2
+    assert str(image) in capsys.readouterr().err
+    fresh_accelerate()
+    assert train_main([*flags, "--bad_images", "skip"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("the next item takes their place") == 1 and str(image) in shown
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(
     tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,28 @@ def test_objects_reach_every_process_and_the_group_is_gone_afterwards(tmp_path: 
         assert done.stdout.splitlines() == ["{'from': 0, 'path': 'run/ü'} 2", "False"]
 
 
+def test_replaced_items_are_the_same_on_every_process(tmp_path: Path) -> None:
+    body = (
+        "import torch\n"
+        "from tbps_common.distributed import gather_objects, process_group\n"
+        "from tbps_common.errors import ImageError\n"
+        "from tbps_common.loading import ReplacedItems\n"
+        "def read(index):\n"
+        "    if index in (1, 4): raise ImageError('bad')\n"
+        "    return index\n"
+        "print(gather_objects('alone'))\n"
+        "with process_group(torch.device('cpu'), timeout_minutes=1) as ranks:\n"
+        "    replaced = ReplacedItems(6)\n"
+        "    print(replaced.load(1 + 3 * ranks.rank, read), gather_objects(ranks.rank))\n"
+        "    print(replaced.report(str))\n"
+    )
+    for rank, done in enumerate(launch(tmp_path, body)):
+        assert done.returncode == 0, done.stderr
+        alone, read, sentence = done.stdout.splitlines()
+        assert alone == "['alone']" and read == f"{(2, 5)[rank]} [0, 1]"
+        assert sentence.startswith("2 of 6 training items") and sentence.endswith("1, 4")
+
+
 def test_one_failing_process_ends_the_other_soon(tmp_path: Path) -> None:
     body = (
         "import time, torch\n"

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from tbps_common.errors import InputError
-from tbps_common.loading import EpochBatches, ItemKey, SeededItems, item_seed
+from tbps_common.errors import DatasetError, ImageError, InputError
+from tbps_common.loading import EpochBatches, ItemKey, ReplacedItems, ReplacingItems, SeededItems, item_seed
 
 
 class Drawing(Dataset[list[float]]):
@@ -24,6 +24,20 @@ class Drawing(Dataset[list[float]]):
 
     def __getitem__(self, index: int) -> list[float]:
         return [index, random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+class Damaged(Drawing):
+    """Of some items the image cannot be read, which is noticed after a random number has been drawn."""
+
+    def __init__(self, size: int, bad: set[int]) -> None:
+        super().__init__(size)
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> list[float]:
+        random.random()
+        if index in self.bad:
+            raise ImageError(f"The image {index}.jpg cannot be read")
+        return super().__getitem__(index)
 
 
 def indices(batches: EpochBatches) -> list[list[int]]:
@@ -116,3 +130,40 @@ def test_item_seeds_are_spread_out() -> None:
     assert len(seeds) == 6000
     bits = np.array([[seed >> bit & 1 for bit in range(32)] for seed in seeds])
     assert abs(bits.mean(axis=0) - 0.5).max() < 0.05
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_items_are_replaced_by_the_next_and_counted(workers: int) -> None:
+    bad = {1, 2, 11}  # the last one's place is taken by the first
+    batches, replaced = EpochBatches(12, 4, seed=3), ReplacedItems(12)
+    items = SeededItems(Damaged(12, bad), replaced)
+    loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
+    place = {1: 3, 2: 3, 11: 0}
+    for epoch in range(2):  # in the second one the bad ones are known
+        batches.set_position(epoch)
+        expected = [
+            [SeededItems(Damaged(12, set()))[ItemKey(place.get(key.index, key.index), key.seed)] for key in batch]
+            for batch in batches
+        ]
+        assert list(loader) == expected
+        said = replaced.report("{}.jpg".format)
+        if epoch:
+            assert said is None  # nothing new
+        else:
+            assert said is not None and said.startswith("3 of 12 ") and said.endswith("1.jpg, 2.jpg, 11.jpg")
+    with pytest.raises(ImageError, match=r"1\.jpg"):
+        SeededItems(Damaged(12, bad))[ItemKey(1, 0)]
+
+
+def test_other_faults_are_not_passed_over_and_nothing_readable_ends_the_run() -> None:
+    with pytest.raises(IndexError):
+        ReplacingItems([], ReplacedItems(1))[0]
+    replaced = ReplacedItems(3)
+    items = ReplacingItems(Damaged(3, {0, 1, 2}), replaced)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="no image of the 3 training items can be read"):
+            items[1]
+    said = ReplacedItems(9)
+    with pytest.raises(DatasetError):
+        ReplacingItems(Damaged(9, set(range(9))), said)[0]
+    assert str(said.report(str)).endswith("0, 1, 2, 3, 4 and 4 more")

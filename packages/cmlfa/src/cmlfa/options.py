@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmlfa.model.settings import LFA_ATTENTION, LOSSES, PRECISIONS
-from tbps_common.arguments import HelpFormatter, number, whole_number
+from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
@@ -221,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--seed", type=whole_number(0), default=1, help="seed of the first process; process r uses seed+r"
     )
+    add_bad_images_flag(ours)
     add_trust_flag(ours)
     return parser
 

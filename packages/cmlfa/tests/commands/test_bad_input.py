@@ -129,6 +129,10 @@ def test_unreadable_image_ends_the_run_with_its_name(
     image.write_bytes(b"")
     assert train_main(train_flags(tmp_path / "logs", "--root_dir", str(own_world))) == 2
     assert str(image) in one_error(capsys)
+    flags = train_flags(tmp_path / "logs", "--root_dir", str(own_world), "--bad_images", "skip", "--num_workers", "1")
+    assert train_main(flags) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("the next item takes their place") == 1 and str(image) in shown.out
 
 
 @pytest.mark.parametrize(

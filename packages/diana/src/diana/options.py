@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diana.training.trainer_flags import has_unknown
-from tbps_common.arguments import HelpFormatter, number, whole_number
+from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
 
 TRAIN_DATASETS = ("mals", "chatpedes")
@@ -144,6 +144,7 @@ def build_train_parser() -> argparse.ArgumentParser:
     )
     _switch(ours, "--length_grouping", False, "batches of dialogues of similar length")
     _switch(ours, "--seed_per_rank", False, "each process draws its own drop-path noise")
+    add_bad_images_flag(ours)
     add("--device", choices=("auto", "cpu"), default="auto", help="auto: the GPU if there is one")
     return parser
 

@@ -141,6 +141,11 @@ def test_missing_and_broken_images_are_named(
     image.write_bytes(b"no picture")
     flags = train_flags("finetune", tmp_path / "out", "--pretrained", str(pretrained))
     assert str(image) in refused([*flags, "--max_steps", "50"], capsys)
+    assert (
+        train_main([*flags, "--num_train_epochs", "1", "--bad_images", "skip", "--overwrite_output_dir", "True"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert shown.count("the next item takes their place") == 1 and str(image) in shown
     image.unlink()
     said = refused([*flags, "--output_dir", str(tmp_path / "other")], capsys)
     assert str(image) in said

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dp_gen.constants import BASE_MODEL, DENOISE_MASK_PROB, IMAGE_ENCODER
-from tbps_common.arguments import HelpFormatter, number, whole_number
+from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -241,6 +241,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     ours.add_argument("--text_only_prob", type=_probability, default=0.0, help="share of samples without references")
     ours.add_argument("--attribute_appear_prob", type=_probability, default=1.0, help="chance of each reference")
     ours.add_argument("--dataloader_num_workers", type=whole_number(0), default=4, help="processes that load data")
+    add_bad_images_flag(ours)
     ours.add_argument("--log_every", type=whole_number(1), default=10, help="updates between two reads of the losses")
     ours.add_argument("--same_noise_on_ranks", action="store_true", help="the same noise on every process, as released")
     ours.add_argument("--allow_tf32", action="store_true", help="quicker float32 products on recent GPUs")

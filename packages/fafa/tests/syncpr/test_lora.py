@@ -222,6 +222,19 @@ def test_bad_flags_are_one_line(
         assert not (out / WEIGHTS).exists()
 
 
+def test_an_image_that_cannot_be_read(
+    pairs: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(pairs, tmp_path / "pairs"))
+    image = sorted(data.glob("images/*.png"))[1]
+    image.write_bytes(b"")
+    assert train(tmp_path / "lora", "--data", str(data)) == 2
+    assert str(image) in capsys.readouterr().err
+    assert train(tmp_path / "lora", "--data", str(data), "--bad-images", "skip") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("the next item takes their place") == 1 and str(image) in shown
+
+
 def test_a_damaged_state_is_named(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mra.config import TASKS
 from mra.model.settings import REGION_FEATURES
-from tbps_common.arguments import HelpFormatter, number, whole_number
+from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DISTS = ("f4", "m0", "m1", "gpu0", "gpu1", "gpu2", "gpu3")
 
@@ -177,6 +177,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
         "--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them"
     )
     ours.add_argument("--log_every", type=whole_number(1), default=50, help="iterations between two log lines")
+    add_bad_images_flag(ours)
     ours.add_argument(
         "--trust_checkpoint",
         "--trust-checkpoint",

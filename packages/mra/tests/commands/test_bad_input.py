@@ -271,8 +271,12 @@ def test_unreadable_image_ends_the_run_with_its_name(
     (own_world / "images").unlink()
     shutil.copytree((world / "images/CUHK-PEDES").resolve(), own_world / "images/CUHK-PEDES", symlinks=False)
     (own_world / "images/CUHK-PEDES/imgs" / name).write_bytes(b"")
-    assert retrieval_main(flags("cuhk", "out", "--num_workers", workers)) != 0
+    words = flags("cuhk", "out", "--num_workers", workers)
+    assert retrieval_main(words) != 0
     assert name in one_error(capsys)
+    assert retrieval_main([*words, "--bad_images", "skip"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("the next item takes their place") == 1 and name in shown
 
 
 def test_loss_that_is_not_finite_stops_the_run(

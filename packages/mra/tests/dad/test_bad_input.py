@@ -1,6 +1,7 @@
 """What cannot work is told in one line that names the file or flag, before anything is written."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,20 @@ def test_training_pairs(tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixt
     file.write_text('[{"image": "a.png", "caption": "a man", "image_id": 1}]')
     message = refused(replaced(flags("finetune", tmp_path / "run"), "--train_file", str(file)), capsys)
     assert "1 images" in message and "--image_root" in message
+
+
+def test_an_image_that_cannot_be_read(
+    world: Path, pairs: list[str], tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_root = tmp_path / "imgs"
+    shutil.copytree(pairs[3], image_root)
+    image = image_root / json.loads(Path(pairs[1]).read_text(encoding="utf-8"))[0]["image"]
+    image.write_bytes(b"")
+    words = replaced(flags("finetune", tmp_path), "--image_root", str(image_root))
+    assert str(image) in refused(words, capsys)
+    assert dad_main([*words, "--bad_images", "skip"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("the next item takes their place") == 1 and str(image) in shown
 
 
 def test_synonyms(tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:

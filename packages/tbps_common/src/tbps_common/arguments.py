@@ -7,6 +7,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+BAD_IMAGES = ("stop", "skip")
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the command's line breaks and shows every default."""
@@ -44,3 +46,14 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
         return value
 
     return parse
+
+
+def add_bad_images_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--bad_images stop | skip`, for `tbps_common.loading.replaced_items`."""
+    parser.add_argument(
+        "--bad_images",
+        "--bad-images",
+        choices=BAD_IMAGES,
+        default="stop",
+        help="a training image that cannot be read ends the run, or the next sample takes its place (they are counted)",
+    )

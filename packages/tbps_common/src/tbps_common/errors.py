@@ -13,6 +13,10 @@ class DatasetError(InputError):
     """A data-set folder, annotation file, record or image cannot be used."""
 
 
+class ImageError(DatasetError):
+    """An image file is missing, is no image, is damaged, or has too many pixels."""
+
+
 class CheckpointError(InputError):
     """A checkpoint cannot be read, cannot be trusted, or does not fit the model."""
 

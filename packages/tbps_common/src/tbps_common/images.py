@@ -15,7 +15,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from tbps_common.errors import DatasetError
+from tbps_common.errors import DatasetError, ImageError
 
 PIXEL_LIMIT = 64_000_000
 PIXEL_LIMIT_VARIABLE = "TBPS_MAX_IMAGE_PIXELS"
@@ -43,8 +43,9 @@ def read_image(path: str | os.PathLike[str], retries: int = 3) -> Image.Image:
         A loaded picture of mode RGB; no file stays open.
 
     Raises:
-        DatasetError: the file is missing, is no image, cannot be decoded, or has more pixels than 64 million (or
-            than the environment variable TBPS_MAX_IMAGE_PIXELS says); names the file and the cause.
+        ImageError: the file is missing, is no image, cannot be decoded, or has more pixels than 64 million (or than
+            the environment variable TBPS_MAX_IMAGE_PIXELS says); names the file and the cause.
+        DatasetError: TBPS_MAX_IMAGE_PIXELS is not a number.
     """
     limit = pixel_limit()
     for attempt in range(retries + 1):
@@ -140,15 +141,15 @@ def _identify(path: str | os.PathLike[str], file: IO[bytes], limit: int) -> Imag
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # over Pillow's limit, hence over ours
         pixels = limit + 1
     if pixels > limit:
-        raise DatasetError(
+        raise ImageError(
             f"The image {os.fspath(path)} says it has more than {limit:,} pixels; "
             f"delete it, or raise the limit with the environment variable {PIXEL_LIMIT_VARIABLE}."
         )
     return image
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> DatasetError:
-    return DatasetError(f"The image {os.fspath(path)!s} cannot be read: {_cause(error)}.")
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
+    return ImageError(f"The image {os.fspath(path)!s} cannot be read: {_cause(error)}.")
 
 
 def _cause(error: Exception) -> str:

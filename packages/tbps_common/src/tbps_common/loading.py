@@ -7,16 +7,18 @@ would see.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from tbps_common.errors import InputError
+from tbps_common.distributed import gather_objects
+from tbps_common.errors import DatasetError, ImageError, InputError
 
 _WORD = (1 << 64) - 1
+_SHOWN = 5
 
 
 class ItemKey(NamedTuple):
@@ -118,27 +120,110 @@ def item_seed(seed: int, epoch: int, index: int) -> int:
     return mixed & 0xFFFFFFFF
 
 
+class ReplacedItems:
+    """The items of a data set whose image cannot be read, each replaced by the next one whose image can.
+
+    Which item takes a place depends on the files alone, so it is the same in every epoch, on every process and after a
+    restart, and batches keep their size. Loader processes note what they meet in shared memory, one byte per item.
+
+    Args:
+        size: items of the data set.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._unreadable = torch.zeros(size, dtype=torch.uint8).share_memory_()
+        self._reported = 0
+
+    def load(self, index: int, read: Callable[[int], Any]) -> Any:
+        """`read(index)`, or that of the next index (the first follows the last) that raises no `ImageError`.
+
+        Raises:
+            DatasetError: no image of the data set can be read.
+        """
+        size, problem = len(self._unreadable), "all of them were tried before"
+        for candidate in (*range(index, size), *range(index)):
+            if self._unreadable[candidate]:
+                continue
+            try:
+                return read(candidate)
+            except ImageError as error:
+                self._unreadable[candidate] = 1
+                problem = str(error)
+        raise DatasetError(f"no image of the {size} training items can be read: {problem}")
+
+    def report(self, path: Callable[[int], str]) -> str | None:
+        """A sentence for the log, if any process of the job met unreadable images since the last report.
+
+        Every process must call it, and gets the same sentence.
+
+        Args:
+            path: of an item's image.
+        """
+        own: list[int] = self._unreadable.nonzero().flatten().tolist()
+        together = sorted(set().union(*gather_objects(own)))
+        if len(together) == self._reported:
+            return None
+        self._reported = len(together)
+        shown = ", ".join(path(index) for index in together[:_SHOWN])
+        more = f" and {len(together) - _SHOWN} more" if len(together) > _SHOWN else ""
+        return (
+            f"{len(together)} of {len(self._unreadable)} training items met so far have an image that cannot be read, and "
+            f"the next item takes their place: {shown}{more}"
+        )
+
+
+def replaced_items(bad_images: str, size: int) -> ReplacedItems | None:
+    """What the flag `--bad_images` asks for: None for `stop`."""
+    return ReplacedItems(size) if bad_images == "skip" else None
+
+
+class ReplacingItems(Dataset[Any]):
+    """A map-style data set that passes over items whose image cannot be read.
+
+    Args:
+        dataset: its items must read their image before they draw a random number.
+        replaced: keeps count.
+    """
+
+    def __init__(self, dataset: Any, replaced: ReplacedItems) -> None:
+        self.dataset, self.replaced = dataset, replaced
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.replaced.load(index, self.dataset.__getitem__)
+
+
 class SeededItems(Dataset[Any]):
     """A map-style data set whose item `ItemKey(index, seed)` draws all its random numbers from `seed`.
 
     Python's, numpy's and torch's generators are seeded for the length of the item and then go on where they were, so
     that loading in the main process leaves the numbers for dropout alone.
+
+    Args:
+        dataset: map-style data set.
+        replaced: passes over items whose image cannot be read; otherwise their `ImageError` ends the run.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, replaced: ReplacedItems | None = None) -> None:
+        self.dataset, self.replaced = dataset, replaced
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: ItemKey) -> Any:
         index, seed = key
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
+
+        def read(number: int) -> Any:
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
-            return self.dataset[index]
+            return self.dataset[number]
+
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            return read(index) if self.replaced is None else self.replaced.load(index, read)
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])

@@ -13,6 +13,7 @@ from cmlfa.datasets.samplers import DistributedIdentitySampler, RandomIdentitySa
 from cmlfa.datasets.transforms import build_transforms
 from tbps_common.datasets import DATASETS
 from tbps_common.errors import DatasetError, InputError
+from tbps_common.loading import ReplacingItems, replaced_items
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -83,8 +84,9 @@ def _training_loader(args: Any, pairs: list[tuple[int, int, str, str]]) -> DataL
     else:
         dataset = ImageTextDataset(pairs, transform, args.text_length)
     sampler, batch_size = _training_sampler(args, dataset)
+    replaced = replaced_items(getattr(args, "bad_images", "stop"), len(dataset))
     return DataLoader(
-        dataset,
+        dataset if replaced is None else ReplacingItems(dataset, replaced),
         batch_size=batch_size,
         shuffle=sampler is None,
         sampler=sampler,

@@ -31,6 +31,7 @@ from cmlfa.training.run_directory import (
 from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.distributed import Ranks, broadcast_object
 from tbps_common.interruption import AgreedStop, Interruption
+from tbps_common.loading import ReplacingItems
 from tbps_common.logs import RunLog
 from tbps_common.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
 
@@ -132,10 +133,18 @@ class TrainingRun:
             last_good=self._last_good,
             progress=self._progress_bar,
         )
+        self._report_replaced()
         if completed and not self._loader_stopped:
             return True
         self._save_unfinished(epoch_rng, all_rng_states(self.ranks), trained=False)
         return False
+
+    def _report_replaced(self) -> None:
+        items = self.loader.dataset
+        if isinstance(items, ReplacingItems):
+            sentence = items.replaced.report(lambda index: items.dataset.dataset[index][2])
+            if sentence is not None:
+                logger.warning("%s", sentence)
 
     def _finish_epoch(self, epoch: int, writer: Any) -> bool:
         if writer is not None:

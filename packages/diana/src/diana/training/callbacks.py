@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from diana.training.checkpoint_folders import checkpoints, delete
 from tbps_common.distributed import barrier
 from tbps_common.interruption import AgreedStop
+from tbps_common.loading import ReplacedItems
 
 
 class Bar(ProgressCallback):
@@ -86,6 +88,26 @@ class StopOnSignal(TrainerCallback):
             self.stopped = True
             control.should_save = control.should_training_stop = True
         return control
+
+
+class ReportReplaced(TrainerCallback):
+    """Says, at the end of an epoch and of the training, which images could not be read.
+
+    Args:
+        replaced: keeps count.
+        path: of a sample's image.
+        say: shows a sentence.
+    """
+
+    def __init__(self, replaced: ReplacedItems, path: Callable[[int], str], say: Callable[[str], None]) -> None:
+        self._replaced, self._path, self._say = replaced, path, say
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        sentence = self._replaced.report(self._path)
+        if sentence is not None:
+            self._say(f"warning: {sentence}")
+
+    on_train_end = on_epoch_end
 
 
 def _flush(folder: Path) -> None:

@@ -117,8 +117,9 @@ def _train(
         say("nothing to do without --do_train True")
         return 0
 
-    from diana.training.callbacks import StopOnSignal, WholeCheckpoints
+    from diana.training.callbacks import ReportReplaced, StopOnSignal, WholeCheckpoints
     from diana.training.trainer import DianaTrainer
+    from tbps_common.loading import replaced_items
 
     unfinished = output_dir / UNFINISHED
     replaced = earlier_results(output_dir) if checkpoint is None else []
@@ -129,6 +130,8 @@ def _train(
     keep, trainer_args.save_total_limit = trainer_args.save_total_limit, None
     trainer_args.output_dir = str(unfinished)
     stop = StopOnSignal(AgreedStop(interruption, ranks))
+    passing_over = replaced_items(args.bad_images, len(dataset))
+    reports = [] if passing_over is None else [ReportReplaced(passing_over, dataset.paths.__getitem__, say)]
     trainer = DianaTrainer(
         model=model,
         args=trainer_args,
@@ -139,7 +142,8 @@ def _train(
         layer_wise=args.use_custom_trainer,
         text_lengths=list(dataset.text_lengths) if args.length_grouping else None,
         log_file=output_dir / LOG_NAME if ranks.is_main else None,
-        callbacks=[WholeCheckpoints(output_dir, keep, replaced), stop],
+        replaced=passing_over,
+        callbacks=[WholeCheckpoints(output_dir, keep, replaced), stop, *reports],
     )
     _quiet_console(trainer)
     if args.seed_per_rank:

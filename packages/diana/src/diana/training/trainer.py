@@ -18,7 +18,7 @@ from diana.schedule import warmup_decay_gamma
 from diana.training.batches import TrainingBatches, TrainingLoader
 from diana.training.deepspeed_file import WarmupDecay
 from tbps_common.finite import FiniteLoss
-from tbps_common.loading import SeededItems
+from tbps_common.loading import ReplacedItems, SeededItems
 
 COMPONENTS = ("loss_itc", "loss_sdm", "loss_refine", "logit_scale")
 
@@ -36,6 +36,7 @@ class DianaTrainer(Trainer):
         layer_wise: learning rates by layer, from VIT_LAYER_DECAY_RATE and llama_LAYER_DECAY_RATE.
         text_lengths: of the samples, to join similar ones in a batch; `None` does not.
         log_file: JSON lines of the log.
+        replaced: passes over samples whose image cannot be read; `None` does not.
         callbacks: beside the stock ones.
     """
 
@@ -54,6 +55,7 @@ class DianaTrainer(Trainer):
         layer_wise: bool,
         text_lengths: list[int] | None,
         log_file: Path | None,
+        replaced: ReplacedItems | None,
         callbacks: list[Any],
     ) -> None:
         config: Any = model.config
@@ -68,6 +70,7 @@ class DianaTrainer(Trainer):
         self._layer_wise = layer_wise
         self._text_lengths = text_lengths
         self._log_file = log_file
+        self._replaced = replaced
         self._outputs: Any = None
         self._finite = FiniteLoss(args.device)
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # real ones, with padding
@@ -88,7 +91,7 @@ class DianaTrainer(Trainer):
         )
         workers = args.dataloader_num_workers
         return TrainingLoader(
-            SeededItems(self.train_dataset),
+            SeededItems(self.train_dataset, self._replaced),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=self.data_collator,

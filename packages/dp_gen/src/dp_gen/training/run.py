@@ -31,7 +31,7 @@ from tbps_common.errors import CheckpointError
 from tbps_common.files import write_json
 from tbps_common.finite import FiniteLoss
 from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import EpochBatches, SeededItems, item_seed
+from tbps_common.loading import EpochBatches, SeededItems, item_seed, replaced_items
 from tbps_common.logs import RunLog
 from tbps_common.randomness import seed_worker
 
@@ -119,6 +119,7 @@ class TrainingRun:
                 return self._stopped()
             self._require_finite()
             log.flush()
+        self._report_replaced()
         self._conclude()
         return 0
 
@@ -192,6 +193,7 @@ class TrainingRun:
     def _save(self, log: ProgressLog) -> None:
         """Write `checkpoint-<step>`, then delete what need not be kept."""
         self._require_finite()
+        self._report_replaced()
         log.flush()
         accelerator = self.accelerator
         target = self.output_dir / checkpoints.checkpoint_name(self.progress.step)
@@ -227,6 +229,10 @@ class TrainingRun:
             logger.info("trained %d updates; the model is in %s", self.progress.step, self.output_dir)
             logger.info("try it with: python generate.py --finetuned_model_path '%s' ...", self.output_dir)
         self.accelerator.wait_for_everyone()
+
+    def _report_replaced(self) -> None:
+        if self._replaced is not None and (sentence := self._replaced.report(self._image_path)):
+            logger.warning("%s", sentence)
 
     def _require_finite(self) -> None:
         step = self._finite.first_bad_iteration()
@@ -278,6 +284,8 @@ class TrainingRun:
     def _build_loader(self, seed: int) -> tuple[Any, EpochBatches]:
         args = self.args
         dataset = DiversePersonDataset(args.dataset_name, self.tokenizer, args, "train")
+        self._replaced = replaced_items(args.bad_images, len(dataset))
+        self._image_path = lambda index: str(dataset.folder.image_path(dataset.img_ids[index]))
         batches = EpochBatches(
             len(dataset),
             args.train_batch_size,
@@ -287,7 +295,7 @@ class TrainingRun:
             drop_last=False,
         )
         loader = torch.utils.data.DataLoader(
-            SeededItems(dataset),
+            SeededItems(dataset, self._replaced),
             batch_sampler=batches,
             collate_fn=collate_fn,
             num_workers=args.dataloader_num_workers,

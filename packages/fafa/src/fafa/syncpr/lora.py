@@ -7,7 +7,7 @@ from typing import Any
 
 from fafa.syncpr.libraries import require_extra, require_model_folder
 from fafa.syncpr.pairs import CAPTIONS
-from tbps_common.arguments import number, whole_number
+from tbps_common.arguments import add_bad_images_flag, number, whole_number
 from tbps_common.errors import DatasetError, InputError
 
 DESCRIPTION = """\
@@ -46,6 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-every", type=whole_number(1), default=20, help="steps between two lines of the log")
     parser.add_argument("--num-workers", type=whole_number(0), default=2, help="processes that load pictures")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of order, noise and first weights")
+    add_bad_images_flag(parser)
 
 
 def run(flags: argparse.Namespace) -> int:

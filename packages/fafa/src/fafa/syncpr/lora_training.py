@@ -24,7 +24,7 @@ from tbps_common.finite import FiniteLoss
 from tbps_common.images import read_image
 from tbps_common.interruption import AgreedStop, Interruption
 from tbps_common.llm import Journal
-from tbps_common.loading import EpochBatches, SeededItems
+from tbps_common.loading import EpochBatches, SeededItems, replaced_items
 from tbps_common.stages import begin_manifest, finish_manifest
 
 _STATE = "training_state.pt"
@@ -91,6 +91,7 @@ class _Run:
             self.method.latent_size(flags.height, flags.width),
             flags.caption_dropout,
         )
+        self._replaced = replaced_items(flags.bad_images, len(items))
         if ranks.is_main:
             begin_manifest(
                 self.out / WEIGHTS, settings_of(flags, items, ranks.world_size), {"command": "fafa-syncpr lora"}
@@ -182,9 +183,8 @@ class _Run:
         epoch, first = divmod(self.step, self.batches.batches_per_epoch)
         while True:
             self.batches.set_position(epoch, first)
-            yield from DataLoader(
-                SeededItems(self.data), batch_sampler=self.batches, num_workers=self.flags.num_workers
-            )
+            items = SeededItems(self.data, self._replaced)
+            yield from DataLoader(items, batch_sampler=self.batches, num_workers=self.flags.num_workers)
             epoch, first = epoch + 1, 0
 
     def _require_finite(self, finite: FiniteLoss) -> None:
@@ -196,6 +196,8 @@ class _Run:
             )
 
     def _save(self) -> None:
+        if self._replaced is not None and (sentence := self._replaced.report(lambda index: self.data.items[index][0])):
+            self._say(f"warning: {sentence}")
         if self.ranks.is_main:
             weights = {name: value.detach().cpu() for name, value in self.parameters.items()}
             state = {"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict()}

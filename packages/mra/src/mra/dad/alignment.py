@@ -28,7 +28,7 @@ from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.finite import FiniteLoss
 from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import EpochBatches, SeededItems
+from tbps_common.loading import EpochBatches, SeededItems, replaced_items
 from tbps_common.logs import RunLog
 from tbps_common.randomness import all_rng_states, seed_everything, seed_worker, set_rng_state
 
@@ -120,8 +120,10 @@ class Alignment:
             schedule.config.num_train_timesteps,
             args.empty_prompts,
         )
+        self._image_path = data.image_paths.__getitem__
+        self._replaced = replaced_items(args.bad_images, len(pairs))
         self.loader = DataLoader(
-            SeededItems(pairs),
+            SeededItems(pairs, self._replaced),
             batch_sampler=self.batches,
             num_workers=args.num_workers,
             worker_init_fn=seed_worker,
@@ -292,6 +294,8 @@ class Alignment:
         )
 
     def _save(self) -> None:
+        if self._replaced is not None and (sentence := self._replaced.report(self._image_path)):
+            logger.warning("%s", sentence)
         states = all_rng_states(self.ranks)
         if self.ranks.is_main:
             state = {

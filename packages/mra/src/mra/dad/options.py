@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mra.options import device, seed
-from tbps_common.arguments import HelpFormatter, number, whole_number
+from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.stages import Shard, shard
 
 DESCRIPTION = """\
@@ -91,6 +91,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_workers", type=whole_number(0), default=4, help="processes that load data, per process")
     parser.add_argument("--save_every", type=whole_number(1), default=500, help="steps between two writes of last.pth")
     parser.add_argument("--log_every", type=whole_number(1), default=50, help="steps between two log lines")
+    add_bad_images_flag(parser)
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

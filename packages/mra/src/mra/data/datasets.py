@@ -78,6 +78,9 @@ class PretrainDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def image_path(self, index: int) -> str:
+        return self.records[index].image_path
+
     def __getitem__(self, index: int) -> tuple[Tensor, str, Any, Tensor, str, int, int]:
         record, rng = self.records[index], self._captions.rng
         image = read_image(record.image_path)
@@ -142,8 +145,11 @@ class FinetuneDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data.captions)
 
+    def image_path(self, index: int) -> str:
+        return self.data.image_paths[index]
+
     def __getitem__(self, index: int) -> tuple[Tensor, str, Any, Any, Any, Any, int]:
-        path = self.data.image_paths[index]
+        path = self.image_path(index)
         image = self.transform(read_image(path))
         caption, augmented = self._captions.both(self.data.captions[index], path)
         return image, caption, augmented, {}, {}, {}, self.data.labels[index]

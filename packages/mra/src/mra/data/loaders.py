@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from mra.data.datasets import FinetuneDataset, PretrainDataset
 from mra.text import TextMaskingGenerator, mlm_batch, tokenize
 from tbps_common.distributed import Ranks
-from tbps_common.loading import EpochBatches, SeededItems
+from tbps_common.loading import EpochBatches, ReplacedItems, SeededItems
 from tbps_common.randomness import seed_worker
 
 
@@ -74,6 +74,7 @@ def training_loader(
     ranks: Ranks,
     num_workers: int,
     pin_memory: bool,
+    replaced: ReplacedItems | None = None,
 ) -> tuple[DataLoader[dict[str, Tensor]], EpochBatches]:
     """The training batches of this process, and the sampler that decides where an iteration begins.
 
@@ -86,7 +87,7 @@ def training_loader(
         len(dataset), config["batch_size_train"], seed=seed, rank=ranks.rank, world_size=ranks.world_size
     )
     loader = DataLoader(
-        SeededItems(TrainingItems(dataset, tokenizer, config)),
+        SeededItems(TrainingItems(dataset, tokenizer, config), replaced),
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -29,6 +29,7 @@ from tbps_common.checkpoint import load_state_dict_strictly, save_checkpoint
 from tbps_common.distributed import Ranks, barrier
 from tbps_common.errors import CheckpointError
 from tbps_common.interruption import AgreedStop, Interruption
+from tbps_common.loading import replaced_items
 from tbps_common.logs import RunLog
 from tbps_common.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
 
@@ -71,6 +72,7 @@ class TrainingRun:
         seed_everything(args.seed + ranks.rank)
         tokenizer = build_tokenizer(self.config["text_encoder"])
         dataset = training_dataset(self.config)
+        self._replaced = replaced_items(args.bad_images, len(dataset))
         check_training_size(len(dataset), self.config["batch_size_train"], ranks.world_size)
         self.loader, self.batches = training_loader(
             dataset,
@@ -80,7 +82,9 @@ class TrainingRun:
             ranks=ranks,
             num_workers=args.num_workers,
             pin_memory=device.type == "cuda",
+            replaced=self._replaced,
         )
+        self._image_path = dataset.image_path
         self.tokenizer = tokenizer
         self.evaluated = RetrievalTestDataset(evaluation_files(self.config)[args.select], self.config)
 
@@ -145,6 +149,8 @@ class TrainingRun:
                 stop_requested=self._stop_requested,
                 last_good=self._last_good,
             )
+            if self._replaced is not None and (sentence := self._replaced.report(self._image_path)):
+                logger.warning("%s", sentence)
             progress.trained = completed and epoch.done == epoch.batches
             self._save_last(epoch.done)
             return completed
