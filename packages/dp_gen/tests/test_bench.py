@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dp_gen import bench
 from dp_gen.bench import main
 
 
@@ -20,6 +21,15 @@ def test_both_forms_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert flops["other"] > flops["ours"] > 0  # two of three slots are padding
     assert all(row["other"] > 0 and row["ours"] > 0 for name, row in rows.items() if name.endswith("ms"))
     assert "ratio" in capsys.readouterr().out
+
+
+def test_a_form_with_another_loss_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = bench.direct_forward
+    monkeypatch.setattr(bench, "direct_forward", lambda *parts: {k: v * 1.01 for k, v in whole(*parts).items()})
+    assert main(["--batch_size", "1", "--resolution", "64", "--repeats", "1"]) == 2
+    assert "losses of both forms differ" in capsys.readouterr().err
 
 
 def test_unusable_flags(capsys: pytest.CaptureFixture[str]) -> None:

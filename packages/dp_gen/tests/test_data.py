@@ -188,6 +188,16 @@ def test_missing_files_are_told_before_anything_is_loaded(
     assert "bottomcloth, hair, uppercloth" in capsys.readouterr().err
 
 
+def test_an_id_that_is_no_int64_counts_by_its_line(tmp_path: Path, helpers: Any) -> None:
+    helpers.write_training_folder(tmp_path, 3)
+    long = "9" * 19  # decimal, and above 2**63 - 1
+    for file in list((tmp_path / "00000").glob("000000001.*")):
+        (tmp_path / f"{long}{file.suffix}").write_bytes(file.read_bytes())
+    (tmp_path / "img_ids_train.txt").write_text(f"000000000\n{long}\n", encoding="utf-8")
+    folder = TrainingFolder(tmp_path, "train")
+    assert [int(torch.tensor(folder.load(index)[3])) for index in (0, 1)] == [0, 1]
+
+
 def test_references_from_a_folder(tmp_path: Path) -> None:
     for name, level in (("10", 200), ("2", 90), ("0", 10)):
         Image.new("RGB", (8, 20), (level, level, level)).save(tmp_path / f"{name}.png")

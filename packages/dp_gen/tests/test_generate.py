@@ -335,11 +335,48 @@ def test_damaged_files_are_named(
     assert not list((tmp_path / "out").glob("imgs/*"))
 
 
+@pytest.mark.parametrize("key, value", [("id", 300), ("bbox", [500, 500, 600, 600])])
+def test_segments_that_do_not_fit_their_image_are_named(
+    key: str, value: Any, trained: Path, folder: Path, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "folder")
+    for path in (tmp_path / "folder").glob("*/*.json"):
+        info = json.loads(path.read_text(encoding="utf-8"))
+        kept = [
+            segment if segment["label"] == "uppercloth" else {**segment, key: value} for segment in info["segments"]
+        ]
+        path.write_text(json.dumps({**info, "segments": kept}), encoding="utf-8")
+    flags = ["--edit_folder", str(tmp_path / "folder"), "--reference_pool", str(pool), "--edit_labels", "uppercloth"]
+    assert main([*quick(trained, tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"'{key}'" in error and "0000000" in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_segment_that_its_mask_does_not_show_is_no_edit(
+    trained: Path, folder: Path, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result would be the original image, listed with the reference's phrase."""
+    shutil.copytree(folder, tmp_path / "folder")
+    for path in (tmp_path / "folder").glob("*/*.json"):
+        info = json.loads(path.read_text(encoding="utf-8"))
+        moved = [{**segment, "id": 9} for segment in info["segments"]]
+        path.write_text(json.dumps({**info, "segments": moved}), encoding="utf-8")
+    flags = ["--edit_folder", str(tmp_path / "folder"), "--reference_pool", str(pool), "--edit_labels", "uppercloth"]
+    assert main([*quick(trained, tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "shows nothing" in error and len(error.strip().splitlines()) == 1
+    assert not list((tmp_path / "out").glob("imgs/*"))
+
+
 def test_other_flags_do_not_mix(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*quick(trained, tmp_path / "out"), "--test_description", "a man"]
     assert main(flags) == 0
     assert main([*flags, "--guidance_scale", "7"]) == 2
     assert "--guidance_scale" in capsys.readouterr().err
+    for changed in ("--resolution", "--mixed_precision", "--load_model"):  # the weights and the size of the images too
+        value = {"--resolution": "64", "--mixed_precision": "bf16", "--load_model": str(trained)}[changed]
+        assert main([*flags, changed, value]) == 2
+        assert changed in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

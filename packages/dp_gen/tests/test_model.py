@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,21 @@ def test_drawn_numbers_follow_the_documented_order(small_args: MakeArgs, batch: 
         given = {"posterior_noise": torch.randn(shape), "noise": torch.randn(shape)}
         given |= {"timesteps": torch.randint(0, 1000, (3,)), "mask_uniform": torch.rand(())}
         assert torch.equal(model(batch, scheduler, given)["loss"], drawn["loss"])
+
+
+def test_latents_keep_the_vaes_type(small_args: MakeArgs, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autocast's exponential gives the posterior's deviation in float32, which must not widen the latents."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    model = DiversePersonModel.from_pretrained(small_args()).bfloat16()
+    wide = DiagonalGaussianDistribution.__init__
+
+    def as_on_a_gpu(self: Any, parameters: torch.Tensor, deterministic: bool = False) -> None:
+        wide(self, parameters, deterministic)
+        self.std = self.std.float()
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "__init__", as_on_a_gpu)
+    assert model.encode_latents(batch["pix_v"]).dtype == torch.bfloat16
 
 
 def test_parts_that_do_not_fit_are_named(small_args: MakeArgs) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dp_gen import parse_args
+from dp_gen import load_tokenizer, parse_args
 from dp_gen.cli import train_main
 from dp_gen.hub import resolve_model
 from dp_gen.options import TRAIN_DESCRIPTION, attribute_types
@@ -76,6 +76,7 @@ def test_aliases() -> None:
         ["--loc_layers", "8"],
         ["--attribute_localization_loss", "l2"],
         ["--lr", "nan"],
+        ["--seed", "4294967296"],
         ["--mask_loss_prob", "1.5"],
         ["--train_batch_size", "0"],
         ["--mixed_precision", "int8"],
@@ -136,3 +137,27 @@ def test_the_moved_model_is_found_under_its_new_name(
     assert look() == name  # a folder of that name comes first
     with pytest.raises(InputError, match="is not a folder, and no name"):
         resolve_model("a/b/c", marker="x", flag="--image_encoder_hf")
+
+
+def test_the_tokenizer_is_looked_up_at_its_revision(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that holds that revision alone is enough."""
+    asked = {}
+
+    def resolve(name: str, **flags: Any) -> str:
+        asked.update(flags)
+        return str(tiny_models / "runwayml" / "stable-diffusion-v1-5")
+
+    monkeypatch.setattr("dp_gen.hub.resolve_model", resolve)
+    load_tokenizer("some/model", "fp16")
+    assert asked["revision"] == "fp16"
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",), ("vocab.json", "merges.txt")])
+def test_an_incomplete_tokenizer_is_no_tokenizer(kept: tuple[str, ...], tiny_models: Path, tmp_path: Path) -> None:
+    """Of what is absent, transformers makes a tokenizer that knows no word, without an error."""
+    (tmp_path / "tokenizer").mkdir()
+    for name in kept:
+        source = tiny_models / "runwayml" / "stable-diffusion-v1-5" / "tokenizer" / name
+        (tmp_path / "tokenizer" / name).write_bytes(source.read_bytes())
+    with pytest.raises(InputError, match="vocab.json"):
+        load_tokenizer(str(tmp_path))

@@ -274,6 +274,27 @@ def test_a_parser_and_sam_of_transformers_run(few: list[str], parser_model: Path
             assert np.load(path).shape == masks[path.name].shape
 
 
+def test_specks_of_the_parser_do_not_stretch_the_boxes_for_sam(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dp_gen.segmentation.backends import BoxPrompted
+    from dp_gen.segmentation.masks import ATR_CLASSES
+
+    class Parsed:
+        class_map = ATR_CLASSES
+
+        def class_pictures(self, images: Any) -> list[np.ndarray]:
+            picture = np.zeros((128, 64), np.int64)
+            picture[4:24, 20:44] = 2  # hair
+            picture[126, 60] = 2  # and one pixel at the feet
+            picture[100, 10] = 5  # nothing but a speck
+            return [picture]
+
+    segmenter = BoxPrompted(str(sam_model(tmp_path, "sam")), ("hair", "bottomcloth"), Parsed(), {}, "cpu")  # type: ignore[arg-type]
+    asked = []
+    monkeypatch.setattr(segmenter, "_prompted", lambda image, boxes, person: asked.append(boxes) or {})
+    segmenter.regions([Image.new("RGB", (64, 128))], ["a.jpg"])
+    assert asked == [{"hair": [20, 4, 44, 24]}]
+
+
 def test_sam_takes_boxes_from_a_file(few: list[str], world: Path, tmp_path: Path) -> None:
     name = json.loads(Path(few[1]).read_text(encoding="utf-8"))[0]["file_path"]
     (tmp_path / "boxes.json").write_text(json.dumps({name: {"hair": [4, 2, 30, 40]}}), encoding="utf-8")
@@ -416,6 +437,19 @@ def test_other_flags_do_not_mix_into_a_folder(mask_flags: list[str], capsys: pyt
     assert main(mask_flags) == 0
     assert main([*mask_flags, "--types", "uppercloth", "hair"]) == 2
     assert "--types" in capsys.readouterr().err
+
+
+def test_an_annotation_file_that_changed_is_noticed(
+    mask_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids are places in that file: with a record less, finished samples would belong to other captions."""
+    records = json.loads(Path(mask_flags[1]).read_text(encoding="utf-8"))
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(records), encoding="utf-8")
+    assert main([*mask_flags, "--annotations", str(own)]) == 0
+    own.write_text(json.dumps(records[1:]), encoding="utf-8")
+    assert main([*mask_flags, "--annotations", str(own)]) == 2
+    assert "--annotations (content)" in capsys.readouterr().err
 
 
 def test_a_mask_of_another_size_is_named(

@@ -120,6 +120,13 @@ def logged_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def test_a_short_run_logs_its_losses_too(tmp_path: Path, train_flags: Flags) -> None:
+    """Shorter than --log_every: every checkpoint, and the end, read the losses back."""
+    assert train_main(train_flags(tmp_path, "--log_every", "10", "--max_train_steps", "3")) == 0
+    text = (tmp_path / "train_log.txt").read_text("utf-8")
+    assert "step 2/3: train_loss" in text and "step 3/3: train_loss" in text
+
+
 def test_only_the_last_checkpoint_is_kept(tmp_path: Path, train_flags: Flags) -> None:
     assert train_main(train_flags(tmp_path, "--keep_interval", "100")) == 0
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]

@@ -27,6 +27,19 @@ def test_the_temporary_file_keeps_the_suffix_and_is_hidden(tmp_path: Path) -> No
         temporary.write_bytes(b"x")
 
 
+def test_one_writer_of_many_files_lists_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".x.tmp.txt").write_text("left by a kill", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        for listing in ("listdir", "scandir"):
+            patch.setattr(os, listing, lambda *_: pytest.fail("a folder of many files would be listed"))
+        write_text(tmp_path / "x.txt", "new", one_writer=True)
+    assert os.listdir(tmp_path) == ["x.txt"] and (tmp_path / "x.txt").read_text(encoding="utf-8") == "new"
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "x.txt", one_writer=True) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["x.txt"] and (tmp_path / "x.txt").read_text(encoding="utf-8") == "new"
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_file_and_no_temporary(tmp_path: Path, failure: type[BaseException]) -> None:
     write_text(tmp_path / "x", "old")

@@ -83,6 +83,14 @@ def test_other_settings_are_refused(tmp_path):
         stage(tmp_path)
 
 
+def test_a_refused_run_leaves_nothing(tmp_path):
+    stage(tmp_path, items=[{"id": 1}])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="begun with"):
+        stage(tmp_path, settings={"power": 3})
+    assert sorted(tmp_path.iterdir()) == before and len(before) == 2
+
+
 def test_a_run_without_a_record_binds_nobody(tmp_path):
     def failing(batch):
         raise InputError("no such model")
@@ -105,6 +113,28 @@ def test_shards_together_are_the_whole(tmp_path):
     stage(parts, part=Shard(1, 2))
     with pytest.raises(DatasetError, match="of 2 and 3"):
         read_stage(parts, "squares")
+
+
+def test_shards_of_different_settings_do_not_join(tmp_path):
+    stage(tmp_path, part=Shard(1, 2))
+    stage(tmp_path, part=Shard(2, 2), settings={"power": 3})
+    with pytest.raises(DatasetError, match=r"squares\.1-of-2\.jsonl was made with power=2 and .* with power=3"):
+        read_stage(tmp_path, "squares")
+
+
+def test_a_second_process_is_refused_before_it_touches_the_settings(tmp_path):
+    def second(batch):
+        with pytest.raises(InputError, match="is being written by another run"):
+            stage(tmp_path, settings={"power": 3})
+        return square(batch)
+
+    stage(tmp_path, process=second, batch_size=100)
+    assert json.loads(manifest_path(tmp_path / "squares.jsonl").read_text())["settings"] == {"power": 2}
+
+
+def test_an_input_that_shrank_leaves_nothing_to_do(tmp_path):
+    stage(tmp_path)
+    assert "to do" not in stage(tmp_path, items=ITEMS[:3]).sentence()
 
 
 def test_two_items_with_one_key(tmp_path):

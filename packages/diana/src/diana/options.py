@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from diana.training.trainer_flags import has_unknown
+from diana.training.trainer_flags import asks_for_cpu, has_unknown
 from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
 
@@ -166,6 +166,8 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str
     args, rest = parser.parse_known_args(expand_json(list(argv)))
     if len(args.force_image_size) > 2:
         parser.error(f"argument --force_image_size: expects one or two numbers, not {len(args.force_image_size)}")
+    if asks_for_cpu(rest):
+        args.device = "cpu"
     if has_unknown(rest):
         return args, rest
     if args.dataset_name not in TRAIN_DATASETS:

@@ -55,6 +55,24 @@ def load_tokenizer(source: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", entries: int, source: str | os.PathLike[str]) -> None:
+    """Require an embedding for every token: a GPU answers a token without one with an error that names nothing.
+
+    Args:
+        tokenizer: to be checked.
+        entries: rows of the model's token embedding.
+        source: of the tokenizer, for the message.
+
+    Raises:
+        CheckpointError: the tokenizer has more tokens than the model.
+    """
+    if len(tokenizer) > entries:
+        raise CheckpointError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, the model's embedding {entries}: take the tokenizer "
+            "that belongs to the weights."
+        )
+
+
 def _find(source: str | os.PathLike[str]) -> str:
     folder = Path(source)
     if folder.is_dir():

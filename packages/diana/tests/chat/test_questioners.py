@@ -40,6 +40,11 @@ def test_what_was_asked_or_said_is_not_asked_again() -> None:
     assert InformationGain(lambda dialogues: torch.zeros(len(dialogues), 3), 50.0)(rounds) is None
 
 
+def test_a_topic_that_a_language_model_asked_about_in_its_own_words_is_not_asked_again() -> None:
+    rounds = [make_round("Who?", "Somebody."), make_round("Did they carry a rucksack or purse?", "I don't know.")]
+    assert "bag" not in [question.topic for question in open_questions(rounds)]
+
+
 def test_mutual_information_is_that_of_the_joint_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     belief = torch.rand(7, generator=generator, dtype=torch.float64)

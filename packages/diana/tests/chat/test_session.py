@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diana import load_diana
 from diana.chat.gallery import checkpoint_mark
@@ -95,6 +95,100 @@ def test_an_index_is_completed_and_bad_images_are_left_out(
     assert "are there already" in capsys.readouterr().out
     assert index_main([*flags, "--images", str(pictures), "--mode", "all"]) == 2
     assert "another --mode" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own(pictures: Path, tmp_path: Path) -> Path:
+    """A folder of three pictures."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number, file in enumerate(sorted(pictures.rglob("*.png"))[:3]):
+        shutil.copy(file, folder / f"{number}.png")
+    return folder
+
+
+def test_an_unreadable_image_does_not_stop_later_calls(
+    pretrained: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own / "broken.jpg").write_bytes(b"no picture")
+    flags = ["--pretrained", str(pretrained), "--images", str(own), "--out", str(tmp_path / "g.safetensors")]
+    assert index_main(flags) == 0
+    before = (tmp_path / "g.safetensors").read_bytes()
+    assert index_main(flags) == 0
+    assert "0 images added, 3 in all" in capsys.readouterr().out
+    assert (tmp_path / "g.safetensors").read_bytes() == before
+
+
+def test_an_index_follows_its_folder(
+    pretrained: Path,
+    own: Path,
+    tmp_path: Path,
+    typed: Typed,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A picture that is gone and one that is another now: the chat says so, and diana-index puts it right."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "g.safetensors"
+    flags = ["--pretrained", str(pretrained), "--images", "own", "--out", str(out)]
+    assert index_main(flags) == 0
+    first = load_file(out)["global"]
+    (own / "0.png").unlink()
+    shutil.copy(own / "2.png", own / "1.png")
+    typed("quit\n")
+    chat = ["--pretrained", str(pretrained), "--index", str(out), "--out_dir", str(tmp_path / "chat")]
+    assert chat_main(chat) == 0
+    assert f"1 of them are no longer where they were ({own / '0.png'})" in capsys.readouterr().err
+    assert index_main(flags) == 0
+    assert "1 images added, 2 that changed or are gone dropped, 2 in all" in capsys.readouterr().out
+    with safe_open(out, framework="pt") as file:
+        paths = json.loads(file.metadata()["paths"])
+    assert sorted(paths) == [str(own / "1.png"), str(own / "2.png")]
+    assert torch.allclose(load_file(out)["global"], first[[2, 2]], atol=1e-5)
+    (own / "1.png").unlink()
+    assert index_main(flags) == 0
+    assert "0 images added, 1 that changed or are gone dropped, 1 in all" in capsys.readouterr().out
+
+
+def test_too_many_paths_are_told_before_anything_is_encoded(
+    pretrained: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("diana.chat.gallery._MOST_PATH_BYTES", 100)
+    monkeypatch.setattr("diana.chat.index._encode", None)
+    flags = ["--pretrained", str(pretrained), "--images", str(own), "--out", str(tmp_path / "g.safetensors")]
+    assert index_main(flags) == 2
+    assert "the paths of 3 images do not fit" in capsys.readouterr().err
+
+
+def test_the_mark_tells_two_trainings_apart(pretrained: Path, tmp_path: Path) -> None:
+    """Same configuration, same sizes, other weights."""
+    other = tmp_path / "other"
+    shutil.copytree(pretrained, other)
+    assert checkpoint_mark(other) == checkpoint_mark(pretrained)
+    weights = load_file(pretrained / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    sizes = {(folder / "model.safetensors").stat().st_size for folder in (pretrained, other)}
+    assert len(sizes) == 1
+    assert checkpoint_mark(other) != checkpoint_mark(pretrained)
+
+
+def test_strange_bytes_are_left_out_and_ctrl_c_keeps_the_dialogue(
+    index: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            data = super().read1(-1 if size is None else size)
+            if not data:
+                raise KeyboardInterrupt
+            return data
+
+    typed = io.TextIOWrapper(Interrupted("A man in a café jacket.\n".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    flags = ["--pretrained", str(pretrained), "--index", str(index), "--out_dir", str(tmp_path), "--topk", "1"]
+    assert chat_main([*flags, "--questioner", "fixed"]) == 130
+    saved = json.loads((tmp_path / "dialogue.json").read_text(encoding="utf-8"))
+    assert [turn[1]["value"] for turn in saved] == ["A man in a caf jacket."]
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_a_scripted_conversation(

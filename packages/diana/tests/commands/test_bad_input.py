@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diana.cli import train_main
+from diana.options import parse_train_flags
 from diana.training.trainer_flags import modernise, take_flag
 
 Flags = Callable[..., list[str]]
@@ -206,6 +207,22 @@ def test_a_json_file_of_flags(content: str | None, tmp_path: Path, capsys: pytes
     if content is not None:
         path.write_text(content, encoding="utf-8")
     assert str(path) in refused([str(path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [
+        (["--use_cpu"], "cpu"),
+        (["--no_cuda", "True"], "cpu"),
+        (["--use_cpu=True", "--seed", "1"], "cpu"),
+        (["--no_cuda", "False"], "auto"),
+        ([], "auto"),
+    ],
+)
+def test_the_trainers_flag_for_the_cpu_counts_devices_too(words: list[str], device: str) -> None:
+    """The launcher starts no process per GPU, and DeepSpeed is not used."""
+    args, _ = parse_train_flags(["--dataset_name", "mals", "--version", "customized", *words])
+    assert args.device == device
 
 
 def test_flags_are_translated_and_taken_out() -> None:

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +156,34 @@ def test_an_earlier_run_is_replaced_when_the_new_one_has_a_checkpoint(
     assert train_main([*flags, "--save_total_limit", "2"]) == 0
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_checkpoint_stands_before_what_it_replaces_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting an earlier run takes long, and a kill may come meanwhile."""
+    from diana.training import callbacks
+
+    out, unfinished = tmp_path / "run", tmp_path / "run" / ".unfinished"
+    replaced = [out / name for name in ("checkpoint-2", "checkpoint-9", "model.safetensors")]
+    for folder in (*replaced[:2], unfinished / "checkpoint-2"):
+        folder.mkdir(parents=True)
+        (folder / "whose").write_text("new" if folder.parent == unfinished else "old", encoding="utf-8")
+    replaced[2].write_bytes(b"old")
+    standing = []
+    delete = callbacks.delete
+
+    def watched(paths: list[Path]) -> None:
+        standing.append(sorted(str(path.relative_to(out)) for path in out.glob("[a-z]*")))
+        assert (out / "checkpoint-2" / "whose").read_text(encoding="utf-8") == "new"
+        delete(paths)
+
+    monkeypatch.setattr(callbacks, "delete", watched)
+    args, state = SimpleNamespace(output_dir=unfinished), SimpleNamespace(global_step=2, is_world_process_zero=True)
+    callback: Any = callbacks.WholeCheckpoints(out, None, replaced)
+    callback.on_save(args, state, None)
+    assert standing == [["checkpoint-2"]]
+    assert list(unfinished.iterdir()) == []
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

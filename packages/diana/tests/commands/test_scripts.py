@@ -112,6 +112,42 @@ def test_variables_and_trailing_words_override(plain_environment: dict[str, str]
     assert words[-4:] == ["--num_query", "5", "--learning_rate", "3e-4"]
 
 
+@pytest.mark.parametrize("script", ["pretrain.sh", "finetune.sh"])
+def test_several_nodes(script: str, plain_environment: dict[str, str], script_words: Words) -> None:
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host7"}
+    words = script_words(script, {**plain_environment, **nodes})
+    assert words[2:5] == ["--nnodes=2", "--node_rank=1", "--master_addr=host7"]
+    launched = launch_command([*words[2 : words.index("main/train/train.py")], "train.py"], 1)
+    assert launched[1:5] == ["-m", "torch.distributed.run", "--nnodes=2", "--node_rank=1"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible"),
+    [
+        ({}, "0,1,2,3"),
+        ({"GPUS": "8"}, "all"),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, "5"),
+        ({"CUDA_VISIBLE_DEVICES": "5,6", "GPUS": "2"}, "5,6"),
+    ],
+)
+def test_finetuning_hides_no_gpu_that_was_asked_for(
+    variables: dict[str, str], visible: str, plain_environment: dict[str, str]
+) -> None:
+    done = subprocess.run(
+        ["bash", "shell/finetune.sh"],
+        cwd=PACKAGE / "train",
+        env={
+            **{**plain_environment, **variables},
+            "PYTHON": str(PACKAGE / "tests" / "print_arguments.sh"),
+            "REAL_PYTHON": sys.executable,
+            "PRINTER": "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == visible, done.stderr
+
+
 def test_eval_script(plain_environment: dict[str, str], script_words: Words) -> None:
     words = script_words("eval.sh", plain_environment, "--turn_limit", "1", "2")
     assert words[0] == "clip_benchmark/cli.py"
@@ -181,6 +217,15 @@ def test_as_many_processes_as_there_are_devices(devices: int, cpu_processes: int
         assert f"--nproc_per_node={processes}" in words
         assert "--master_port=5" in words
         assert words[-3:] == ["train.py", "--num_query", "3"]
+
+
+def test_a_wrong_number_of_cpu_processes_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CPU_PROCESSES", "two")
+    with pytest.raises(SystemExit):
+        launch_command(["train.py"], 0)
+    assert "--cpu_processes: invalid int value: 'two'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,34 @@ def test_targets_of_equal_identities_share_a_row() -> None:
     assert targets.tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]
 
 
+def shared_gradient(rank: int, folder: Path) -> None:
+    """One of two processes: the gathered rows are added to others of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    rows, others = torch.ones(1, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    scaled = 2 * others
+    # Autograd gives both summands one and the same gradient tensor, and the one that was made last comes first.
+    ((gather_rows(rows) + scaled) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    if rank == 0:
+        assert rows.grad is not None and others.grad is not None
+        (folder / "out.json").write_text(json.dumps([rows.grad.tolist(), others.grad.tolist()]), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+@NO_FORK_WARNING
+def test_a_gradient_that_others_read_too_is_left_alone(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=shared_gradient, args=(rank, tmp_path)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+        child.kill()
+        child.join()
+    rows, others = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert rows == [[2.0, 4.0]]
+    assert others == [[2.0, 4.0], [6.0, 8.0]]
+
+
 def test_a_single_process_gathers_its_own_rows() -> None:
     rows = torch.randn(3, 2)
     assert gather_rows(rows) is rows

@@ -291,3 +291,12 @@ def test_load_diana(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
         model, tokenizer = load_diana(saved, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and not model.training and not caplog.records
     assert tokenizer.pad_token_id is not None and tokenizer.mask_token_id is not None
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved: Path) -> None:
+    """It would end in an index error, on a GPU in one that names nothing."""
+    _, tokenizer = load_diana(saved)
+    tokenizer.add_tokens([f"<word {number}>" for number in range(2000)])
+    tokenizer.save_pretrained(str(saved))
+    with pytest.raises(CheckpointError, match="take the tokenizer that belongs to the weights"):
+        load_diana(saved)

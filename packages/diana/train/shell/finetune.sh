@@ -10,15 +10,19 @@
 
 set -euo pipefail
 
+# The released choice; who names a number of GPUS means those that the machine has.
+[ -n "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}
 GPUS=${GPUS:-4}
 BATCH_SIZE=${BATCH_SIZE:-32}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$(pwd)"
 export MASTER_PORT=${MASTER_PORT:-34230}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 export LAUNCHER=${LAUNCHER:-pytorch}
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}
 
 OUTPUT_DIR=${OUTPUT_DIR:-'work_dirs/finetune'}
 PRETRAINED=${PRETRAINED:-'work_dirs/pretrain'}
@@ -27,9 +31,9 @@ LLAMA_PRETRAINED=${LLAMA_PRETRAINED:-'<Llama-3.2 Root>/Llama-3.2-1B'}
 CONFIG_DIR=${CONFIG_DIR:-'configs'}
 
 exec "${PYTHON:-python}" -m diana.training.launch \
-  --nnodes=1 \
-  --node_rank=0 \
-  --master_addr=127.0.0.1 \
+  --nnodes="${NNODES}" \
+  --node_rank="${NODE_RANK}" \
+  --master_addr="${MASTER_ADDR}" \
   --nproc_per_node="${GPUS}" \
   --master_port="${MASTER_PORT}" \
   main/train/train.py \

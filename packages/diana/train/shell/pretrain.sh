@@ -15,6 +15,9 @@ set -euo pipefail
 
 GPUS=${GPUS:-8}
 BATCH_SIZE=${BATCH_SIZE:-64}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$(pwd)"
@@ -28,9 +31,9 @@ LLAMA_PRETRAINED=${LLAMA_PRETRAINED:-'<Llama-3.2 Root>/Llama-3.2-1B'}
 CONFIG_DIR=${CONFIG_DIR:-'configs'}
 
 exec "${PYTHON:-python}" -m diana.training.launch \
-  --nnodes=1 \
-  --node_rank=0 \
-  --master_addr=127.0.0.1 \
+  --nnodes="${NNODES}" \
+  --node_rank="${NODE_RANK}" \
+  --master_addr="${MASTER_ADDR}" \
   --nproc_per_node="${GPUS}" \
   --master_port="${MASTER_PORT}" \
   main/train/train.py \

@@ -3,8 +3,8 @@
 The direct form of a step, like the released code, encodes every reference slot, padding too, waits for the host to read
 each loss, updates the parameters one tensor at a time, and calls the garbage collector every time. Both forms run
 interleaved on the same weights, data and noise; the fastest of the repeats counts. Times on the CPU are CPU times, which
-other programs hardly disturb; on a GPU they are wall times. Losses of both are printed, because a saving that changes
-them is none. The annotation is timed by the clock, against a server on this machine that takes its time for each answer;
+other programs hardly disturb; on a GPU they are wall times. The losses of both must be equal, because a saving that
+changes them is none. The annotation is timed by the clock, against a server on this machine that takes its time for each answer;
 the two outputs must be equal.
 """
 
@@ -73,7 +73,11 @@ def main(argv: list[str]) -> int:
 
 
 def training_step(args: argparse.Namespace) -> list[Row]:
-    """A whole step, its loss, and its forward FLOPs, of both forms on twin models."""
+    """A whole step, its loss, and its forward FLOPs, of both forms on twin models.
+
+    Raises:
+        InputError: the two forms' losses differ by more than rounding.
+    """
     import copy
     import gc
 
@@ -82,6 +86,7 @@ def training_step(args: argparse.Namespace) -> list[Row]:
 
     from dp_gen.options import parse_args
     from dp_gen.training import build_optimizer, set_trainable
+    from tbps_common.errors import InputError
 
     flags = parse_args(
         "--train_image_encoder --image_encoder_trainable_layers 2 --mask_loss --attribute_loc --attribute_loc_weight "
@@ -128,6 +133,9 @@ def training_step(args: argparse.Namespace) -> list[Row]:
                 forward(model, encode_all)
             flops[name] = counter.get_total_flops() / 1e9 / args.batch_size
     direct_ms, ours_ms = fastest(args, direct_step, step)
+    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    if abs(losses["ours"] - losses["direct"]) > allowed * abs(losses["direct"]):
+        raise InputError(f"the losses of both forms differ: {losses['ours']:.6g} and {losses['direct']:.6g}")
     return [
         {"what": "training step, ms", "ours": ours_ms, "other": direct_ms, "form": "direct form"},
         {

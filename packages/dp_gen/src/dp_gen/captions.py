@@ -13,6 +13,9 @@ from tbps_common.errors import InputError
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+_BYTE_SYMBOLS = 256  # CLIP's vocabularies begin with a symbol for every byte
+_LONGEST_TEXT = 100_000
+
 
 def load_tokenizer(
     pretrained_model_hf: str, revision: str | None = None, *, cache_dir: str | None = None
@@ -31,7 +34,9 @@ def load_tokenizer(
 
     from dp_gen.hub import SD_MARKER, resolve_model
 
-    name = resolve_model(pretrained_model_hf, marker=SD_MARKER, flag="--pretrained_model_hf", cache_dir=cache_dir)
+    name = resolve_model(
+        pretrained_model_hf, marker=SD_MARKER, flag="--pretrained_model_hf", revision=revision, cache_dir=cache_dir
+    )
     folder = Path(name)
     own = folder.is_dir() and not (folder / "tokenizer").is_dir()
     place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
@@ -44,6 +49,12 @@ def load_tokenizer(
         raise InputError(
             f"the tokenizer of {pretrained_model_hf} cannot be read ({reason}): check that model's files"
         ) from error
+    # Where files are absent transformers makes a tokenizer without words, or without a length, and says nothing.
+    if tokenizer.vocab_size < _BYTE_SYMBOLS or tokenizer.model_max_length > _LONGEST_TEXT:
+        raise InputError(
+            f"the tokenizer of {pretrained_model_hf} lacks its vocabulary or its length: the model's tokenizer folder must "
+            "hold vocab.json, merges.txt and tokenizer_config.json"
+        )
     # Its id is beyond the text encoder's embeddings and never reaches them: `encode_with_image_tokens` takes it out.
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer

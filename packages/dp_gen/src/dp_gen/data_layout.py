@@ -144,6 +144,8 @@ def _checked_segment(segment: Any, where: str) -> dict[str, Any]:
     for key in ("id", "end"):
         if type(segment.get(key)) is not int:
             raise DatasetError(f"{where}: {key!r} must be a whole number, not {segment.get(key)!r}")
+    if not 0 <= segment["id"] <= 255:
+        raise DatasetError(f"{where}: 'id' must lie between 0 and 255, as the values of a mask do, not {segment['id']}")
     box = segment.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(type(side) is int for side in box)):
         raise DatasetError(f"{where}: 'bbox' must be four whole numbers [x1, y1, x2, y2], not {box!r}")

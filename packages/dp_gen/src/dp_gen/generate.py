@@ -34,7 +34,8 @@ rates, losses, ...) are accepted and have no effect.
 """
 
 _FLAGS_OF_CONTENT = (
-    "pretrained_model_hf image_encoder_hf finetuned_model_path inference_steps guidance_scale start_merge_step "
+    "pretrained_model_hf revision variant image_encoder_hf finetuned_model_path load_model resolution "
+    "MAX_REFERENCE_ATTRIBUTE_NUM mixed_precision inference_steps guidance_scale start_merge_step "
     "num_images_per_description test_description test_reference_attribute_folder descriptions negative_description "
     "height width edit_folder edit_split edit_labels reference_pool strength mask_dilation edit_mask edit_caption"
 ).split()

@@ -14,6 +14,7 @@ from tbps_common.errors import InputError
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
+LARGEST_SEED = 2**32 - 1
 LEAST_RESOLUTION = 64  # three halvings of the latents, and the deepest attention still has a pixel
 
 TRAIN_DESCRIPTION = """\
@@ -62,6 +63,13 @@ def _resolution(text: str) -> int:
     value = whole_number(LEAST_RESOLUTION)(text)
     if value % 8:
         raise argparse.ArgumentTypeError(f"must be a multiple of 8 (the VAE halves it three times), not {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = whole_number(0)(text)
+    if value > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED} (numpy takes no larger one), not {value}")
     return value
 
 
@@ -143,7 +151,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--report_to", help="trackers such as tensorboard, wandb, all, none; default: tensorboard if installed"
     )
-    run.add_argument("--seed", type=whole_number(0), help="seed of everything; without it every run differs")
+    run.add_argument("--seed", type=_seed, help="seed of everything; without it every run differs")
     run.add_argument("--train_batch_size", type=whole_number(1), default=16, help="per process")
     run.add_argument(
         "--num_train_epochs", type=whole_number(1), default=100, help="counts only without --max_train_steps"

@@ -161,8 +161,7 @@ def _person_key(row: dict[str, Any], *, new_ids: bool) -> Any:
         return ("new", row.get("description_number"))
     if not new_ids and isinstance(row.get("person"), int):
         return ("person", row["person"])
-    # Edits of one image with the same references show one new person.
-    return ("edit", row.get("source"), row["file"])
+    return ("edit", row["file"])
 
 
 def _write(

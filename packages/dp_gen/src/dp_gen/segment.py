@@ -1,6 +1,7 @@
 """`segment.py`, `dp-segment`: make a training folder from a data set's images and captions."""
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -51,13 +52,14 @@ def main(argv: list[str]) -> int:
     samples = read_samples(args.annotations, args.image_root, args.splits)
     check_images_exist((sample.path for sample in samples), args.image_root, flag="--image_root")
     root = Path(args.output_dir)
-    require_same_settings(root / SETTINGS_NAME, _settings(args))
+    settings = _settings(args)
+    require_same_settings(root / SETTINGS_NAME, settings)
     own = _shard_of(samples, args.shard)
     missing = [sample for sample in own if not is_complete(sample, root)]
     print(f"{len(own)} captions, {len(own) - len(missing)} of them done before")
     if missing:
         backend = _backend(args)
-        store_settings(root / SETTINGS_NAME, _settings(args))
+        store_settings(root / SETTINGS_NAME, settings)
         interrupted = _segment(args, backend, missing, lexicon, root)
         if interrupted is not None:
             print("stopped; the same command goes on from here", file=sys.stderr)
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
     if left:
         print(f"{left} of {len(samples)} captions are left to the other shards")
         return 0
-    return _finish(args, samples, root)
+    return _finish(args, samples, root, settings)
 
 
 def _shard_of(samples: list[Any], shard: Shard) -> list[Any]:
@@ -79,15 +81,14 @@ def _shard_of(samples: list[Any], shard: Shard) -> list[Any]:
 
 def _segment(args: argparse.Namespace, backend: Any, missing: list[Any], lexicon: Any, root: Path) -> int | None:
     """Make the missing samples; returns an exit status if a signal asked to stop."""
-    from tqdm import tqdm
-
     from dp_gen.segmentation.masks import type_mask
     from dp_gen.segmentation.phrases import find_phrases
     from dp_gen.segmentation.samples import read_whole_image, segments_of, write_sample
     from tbps_common.interruption import Interruption
+    from tbps_common.progress import Progress
 
     by_image = [list(group) for _, group in itertools.groupby(missing, key=lambda sample: sample.path)]
-    with Interruption() as interruption, tqdm(total=len(missing), unit="caption", disable=None) as progress:
+    with Interruption() as interruption, Progress(len(missing), unit="caption") as progress:
         for start in range(0, len(by_image), args.batch_size):
             if interruption.requested:
                 return interruption.exit_status
@@ -103,7 +104,7 @@ def _segment(args: argparse.Namespace, backend: Any, missing: list[Any], lexicon
     return None
 
 
-def _finish(args: argparse.Namespace, samples: list[Any], root: Path) -> int:
+def _finish(args: argparse.Namespace, samples: list[Any], root: Path, settings: dict[str, Any]) -> int:
     """Write id files, meta.jsonl, the report and the picture from the samples' own files."""
     from dp_gen.segmentation.overview import write_overview
     from dp_gen.segmentation.samples import read_segments
@@ -141,7 +142,7 @@ def _finish(args: argparse.Namespace, samples: list[Any], root: Path) -> int:
         "ids": {split: len(names) for split, names in ids.items()},
         "segments": {label: labels[label] for label in args.types},
         "captions_by_number_of_segments": {str(number): numbers[number] for number in sorted(numbers)},
-        "settings": _settings(args),
+        "settings": settings,
     }
     write_json(root / REPORT_NAME, report)
     if shown:
@@ -196,7 +197,9 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _FLAGS_OF_CONTENT}
+    # Ids are places in the annotation file: one that has been edited since would give finished samples to other captions.
+    content = hashlib.sha256(Path(args.annotations).read_bytes()).hexdigest()
+    return {**{name: getattr(args, name) for name in _FLAGS_OF_CONTENT}, "annotations (content)": content}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -173,16 +173,43 @@ def test_answers_of_no_use_drop_the_pair_and_a_dead_server_stops_the_stage(
     assert "not finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [("identity", "identify"), ('"identity": ', '"identity": "x", "other": ')])
 def test_damaged_scores_are_named(
-    copy_of_pictured: Path, filter_flags: Flags, capsys: pytest.CaptureFixture[str]
+    copy_of_pictured: Path, filter_flags: Flags, damage: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of_pictured
     assert syncpr_main(["filter", "--out", str(out), *filter_flags()]) == 0
     lines = (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()
-    lines[3] = lines[3].replace("identity", "identify")
+    lines[3] = lines[3].replace(*damage)
     (out / "scores.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert syncpr_main(["filter", "--out", str(out), *filter_flags()]) == 2
     assert "line 4, has no identity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"quadruple_id": [1], "variant": 0}', '{"quadruple_id": 0}'])
+@pytest.mark.parametrize("file", ["scores", "vlm"])
+def test_foreign_lines_are_named(
+    copy_of_pictured: Path, filter_flags: Flags, file: str, line: str, server: PracticeServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    command = ["filter", "--out", str(copy_of_pictured), *filter_flags("--vlm-model", "seer")]
+    assert syncpr_main(command) == 0
+    with open(copy_of_pictured / f"{file}.jsonl", "a", encoding="utf-8") as journal:
+        journal.write(line + "\n")
+    assert syncpr_main(command) == 2
+    shown = capsys.readouterr().err
+    assert f"{file}.jsonl" in shown and "mend or delete it" in shown
+
+
+def test_answers_that_were_damaged_are_named(
+    copy_of_pictured: Path, filter_flags: Flags, server: PracticeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["filter", "--out", str(copy_of_pictured), *filter_flags("--vlm-model", "seer")]
+    assert syncpr_main(command) == 0
+    verdicts = copy_of_pictured / "vlm.jsonl"
+    verdicts.write_text(verdicts.read_text(encoding="utf-8").replace("same_person", "same", 1), encoding="utf-8")
+    assert syncpr_main(command) == 2
+    assert "vlm.jsonl, line 1, has no answers" in capsys.readouterr().err
 
 
 def test_the_practice_server_refuses_pairs_of_equal_halves(pictured: Path) -> None:
@@ -204,6 +231,45 @@ def test_shards_keep_what_one_machine_keeps(copy_of_pictured: Path, filter_flags
             assert syncpr_main(["filter", "--out", str(out), *filter_flags("--shard", shard)]) == 0
         assert syncpr_main(["pack", "--out", str(out), "--both-directions"]) == 0
     assert (one / "SynCPR.json").read_bytes() == (copy_of_pictured / "SynCPR.json").read_bytes()
+
+
+def test_pictures_of_quadruples_that_became_duplicates_are_dropped(
+    copy_of_pictured: Path, filter_flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of_pictured
+    command = ["filter", "--out", str(out), *filter_flags()]
+    assert syncpr_main(command) == 0  # the scores of all are there
+    lines = (out / "quadruples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (out / "quadruples.jsonl").write_text("".join(lines[:4] + lines[5:]), encoding="utf-8")
+    assert syncpr_main(command) == 0
+    written = manifest(out / "kept.jsonl")
+    assert (written["items"], written["kept"]) == (12, 10) and sum(written["dropped"].values()) == 2
+    assert 4 not in {record["quadruple_id"] for record in read_stage(out, "kept")}
+    assert syncpr_main(["pack", "--out", str(out)]) == 0
+    foreign = json.loads(lines[0]) | {"id": 99}
+    (out / "quadruples.jsonl").write_text(json.dumps(foreign) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    assert syncpr_main(command) == 2
+    assert "no picture of the quadruples" in capsys.readouterr().err
+
+
+def test_what_an_earlier_run_kept_is_not_packed_after_a_kill(
+    copy_of_pictured: Path, filter_flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of_pictured
+    command = ["filter", "--out", str(out), *filter_flags()]
+    assert syncpr_main(command) == 0
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fafa.syncpr.filter._keep", killed)
+        assert syncpr_main([*command, "--min-identity", "1.5"]) == 130
+    capsys.readouterr()
+    assert syncpr_main(["pack", "--out", str(out)]) == 2
+    assert "not finished" in capsys.readouterr().err
+    assert syncpr_main(command) == 0 and syncpr_main(["pack", "--out", str(out)]) == 0
 
 
 QUADRUPLE = Quadruple(4, "caption one", "caption two", "to two", "to one")

@@ -131,6 +131,18 @@ def test_a_killed_run_loses_and_repeats_nothing(
     assert read_stage(tmp_path, "images") == load_pairs(pictured, "images")
 
 
+def test_quadruples_that_come_later_move_no_picture_to_another_shard(
+    pictured: Path, tmp_path: Path, image_flags: list[str]
+) -> None:
+    # The first request had no usable answer at first, and has one when the texts are made again for more of them.
+    lines = (pictured / "quadruples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for present in (lines[1:4], lines):
+        (tmp_path / "quadruples.jsonl").write_text("".join(present), encoding="utf-8")
+        for shard in ("1/2", "2/2"):
+            assert syncpr_main(["images", "--out", str(tmp_path), *image_flags, "--shard", shard]) == 0
+    assert load_pairs(tmp_path, "images") == load_pairs(pictured, "images")
+
+
 @pytest.mark.slow
 def test_sigkill_loses_and_repeats_no_picture(
     pictured: Path, tmp_path: Path, image_flags: list[str], kill_when_changed: Callable[..., None]

@@ -1,6 +1,7 @@
 """fafa-syncpr pairs and lora: what is trained, exact resumption, and a file that diffusers loads."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fafa.cli import syncpr_main
-from fafa.syncpr.denoising import packed, picture_ids
+from fafa.syncpr.denoising import denoising_of, packed, picture_ids
 from fafa.syncpr.lora import read_captions
 from fafa.syncpr.lora_training import _Run
 from fafa.syncpr.pairs import side_by_side
 from fafa.syncpr.text_to_image import Sampling, TextToImage, load_lora, load_pipeline
+from fafa.toy import write_toy_data
 from tbps_common.errors import DatasetError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -183,11 +187,109 @@ def test_finished_runs_are_left_alone_and_can_be_prolonged(
     assert train(tmp_path / "a") == 0
     assert "all 6 steps are done already" in capsys.readouterr().out
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == before
+    assert json.loads((tmp_path / "a" / f"{WEIGHTS}.manifest.json").read_text(encoding="utf-8"))["finished"]
     assert train(tmp_path / "a", "--steps", "8") == 0 and train(tmp_path / "b", "--steps", "8") == 0
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert train(tmp_path / "a", "--rank", "4") == 2
     assert "rank=2" in capsys.readouterr().err
+
+
+def test_a_kill_inside_the_last_save_leaves_no_old_file_behind(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fafa.syncpr import lora_training
+
+    assert train(tmp_path / "whole") == 0
+    saves: list[str] = []
+
+    def mortal(name: str) -> Any:
+        save = getattr(lora_training, name)
+
+        def saving(*given: Any) -> None:
+            if len(saves) == 3:  # after one of the two files of the second save
+                raise KeyboardInterrupt
+            saves.append(name)
+            save(*given)
+
+        return saving
+
+    with monkeypatch.context() as patch:
+        for name in ("save_lora", "save_checkpoint"):
+            patch.setattr(lora_training, name, mortal(name))
+        assert train(tmp_path / "parts") == 130
+    assert train(tmp_path / "parts") == 0
+    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole) and set(whole) == set(parts)
+
+
+def test_many_pairs_cost_no_look_through_their_folder_each(pairs: Path, tmp_path: Path) -> None:
+    """Listing the folder for every file would be hopeless for as many pictures as SynCPR has."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / ".0.tmp.png").write_bytes(b"of a killed run")
+    write_toy_data(tmp_path / "toy")
+    listed: list[Path] = []
+    glob = Path.glob
+
+    def counted(self: Path, *given: Any, **named: Any) -> Any:
+        listed.append(self)
+        return glob(self, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "glob", counted)
+        small = ["--height", "32", "--width", "32"]
+        assert syncpr_main(["pairs", "--out", str(tmp_path), "--syncpr", str(tmp_path / "toy" / "syncpr"), *small]) == 0
+    assert images not in listed and not (images / ".0.tmp.png").exists()
+    assert sorted(path.name for path in images.iterdir()) == sorted(path.name for path in (pairs / "images").iterdir())
+
+
+class Oracle(torch.nn.Module):
+    """A denoiser that knows what it should predict, and notes what it was given."""
+
+    def __init__(self, config: Any, prediction: torch.Tensor):
+        super().__init__()
+        self.config, self.prediction, self.given = config, prediction, {}
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        self.given = {**named, **dict(zip(("sample", "timestep"), args))}
+        return SimpleNamespace(sample=self.prediction) if named.get("return_dict", True) else (self.prediction,)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_what_is_predicted_leads_the_sampler_back_to_the_picture(models: Path, tmp_path: Path, kind: str) -> None:
+    """The training's target, given to the library's own sampler at the training's noise level, yields the latents."""
+    from diffusers import DDIMScheduler
+
+    latents, noise, uniform = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7])
+    pipeline = load_pipeline(str(models / ("flux" if kind == "flow" else "sd")), None, torch.float32)
+    if kind == "flow":
+        oracle = Oracle(pipeline.transformer.config, packed(noise - latents))
+    else:
+        pipeline.scheduler = DDIMScheduler.from_config(
+            {**pipeline.scheduler.config, "prediction_type": kind, "set_alpha_to_one": True}
+        )
+        share = pipeline.scheduler.alphas_cumprod[(uniform * 1000).long()].view(-1, 1, 1, 1)
+        velocity = share.sqrt() * noise - (1 - share).sqrt() * latents  # Salimans and Ho 2022, appendix D
+        oracle = Oracle(pipeline.unet.config, noise if kind == "epsilon" else velocity)
+    method = denoising_of(pipeline)
+    method.denoiser = oracle
+    texts = (torch.zeros(2, 5, 32), torch.zeros(2, 32), torch.zeros(5, 3)) if kind == "flow" else torch.zeros(2, 77, 32)
+    assert float(method.loss(latents, texts, noise, uniform)) == pytest.approx(0, abs=1e-12)
+    if kind == "flow":
+        noisy, times = oracle.given["hidden_states"], oracle.given["timestep"]
+        assert times.tolist() == pytest.approx(
+            [1 / (1 + math.exp(-NormalDist().inv_cdf(u))) for u in (0.2, 0.7)], rel=1e-5
+        )
+        back = noisy - times.view(-1, 1, 1) * oracle.prediction  # one Euler step to time 0
+        torch.testing.assert_close(back, packed(latents), atol=1e-5, rtol=1e-5)
+        assert oracle.given["guidance"].tolist() == [1.0, 1.0]
+        return
+    pipeline.scheduler.set_timesteps(1000)
+    for row in range(2):
+        step = int(oracle.given["timestep"][row])
+        back = pipeline.scheduler.step(oracle.prediction[row], step, oracle.given["sample"][row]).pred_original_sample
+        torch.testing.assert_close(back, latents[row], atol=1e-4, rtol=1e-4)
 
 
 def test_bad_data_is_named(tmp_path: Path, pairs: Path) -> None:

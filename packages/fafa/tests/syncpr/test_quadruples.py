@@ -205,9 +205,41 @@ def test_a_model_that_answers_nonsense_ends_with_the_number_missing(
     with PracticeServer(lambda messages: "I would rather not.") as server:
         flags = ["--base-url", server.url, "--count", "2", "--per-request", "2", "--tries", "2"]
         assert syncpr_main(["quadruples", "--out", str(tmp_path), *flags]) == 1
-    assert "2 quadruples are missing" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "2 quadruples are missing" in shown and "--count" not in shown  # there are none to go on with
     assert not manifest(tmp_path / "quadruples.jsonl")["finished"]
     assert syncpr_main(["images", "--out", str(tmp_path), "--model", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"request": [0]}', "[]"])
+def test_a_foreign_line_among_the_answers_is_named(
+    tmp_path: Path, server: PracticeServer, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["quadruples", "--out", str(tmp_path), "--count", "2", "--per-request", "1"]
+    assert syncpr_main(flags) == 0
+    with open(tmp_path / "requests.jsonl", "a", encoding="utf-8") as journal:
+        journal.write(line + "\n")
+    assert syncpr_main(flags) == 2
+    assert "requests.jsonl, line 1, is no answer of this command" in capsys.readouterr().err
+
+
+def test_a_second_run_asks_on_where_the_first_gave_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    asked: list[int] = []
+
+    def sloppy(messages: list[dict[str, Any]]) -> str:
+        asked.append(len(asked))
+        return json.dumps([good(len(asked)), *[{}] * 9])  # one of ten can be used
+
+    with PracticeServer(sloppy) as server:
+        flags = ["quadruples", "--out", str(tmp_path), "--base-url", server.url, "--count", "8", "--per-request", "10"]
+        assert syncpr_main([*flags, "--workers", "1"]) == 1
+        given_up = len(asked)
+        assert f"{8 - given_up} quadruples are missing" in capsys.readouterr().err and 0 < given_up < 8
+        assert syncpr_main([*flags, "--workers", "1"]) == 0
+    assert len(lines(tmp_path / "quadruples.jsonl")) == 8 == len(asked)
 
 
 @pytest.mark.parametrize(

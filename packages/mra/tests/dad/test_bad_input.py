@@ -69,7 +69,7 @@ def test_stages_name_the_one_that_comes_before(
 ) -> None:
     for command, before in (("filter", "generate"), ("caption", "filter"), ("regions", "caption")):
         assert f"run mra-dad {before} --work" in refused(flags(command, tmp_path), capsys)
-    assert "run the stage that writes it" in refused(flags("regions", tmp_path, "--pack"), capsys)
+    assert "run mra-dad regions --work" in refused(flags("regions", tmp_path, "--pack"), capsys)
 
 
 def test_training_pairs(tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +173,32 @@ def test_records_and_pictures(made: Path, tmp_path: Path, flags: Flags, capsys: 
     manifest.write_text("{")
     assert "manifest.json is damaged" in refused(flags("filter", work), capsys)
     assert not list((work / "work").glob("filtered*"))
+    for stem, command, field in (("captioned", ["regions"], "caption"), ("regions", ["regions", "--pack"], "boxes")):
+        file = work / f"work/{stem}.jsonl"
+        file.write_text(file.read_text().replace(f'"{field}":', '"other":', 1))
+        message = refused(flags(command[0], work, *command[1:]), capsys)
+        assert f"{stem}*.jsonl" in message and f"has no {field}" in message
+
+
+def test_low_rank_matrices_in_a_pickle(
+    world: Path, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from mra.dad.denoiser import build_networks, save_weights
+
+    folder = tmp_path / "lora"
+    model = str(world / "models/diffusion")
+    networks = build_networks(model, "lora", (64, 32), torch.device("cpu"), torch.float32, lora_rank=2)
+    save_weights(networks.denoiser, folder)
+    weights = folder / "pytorch_lora_weights.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    (folder / "config.json").write_text("{}")
+    assert f"--lora {folder} cannot be loaded" in refused(
+        flags("generate", tmp_path / "run", "--lora", str(folder)), capsys
+    )
 
 
 def test_state_that_cannot_be_read(
@@ -195,7 +221,7 @@ def test_missing_extra(
         importlib.util, "find_spec", lambda name, *more: None if name == "diffusers" else find(name, *more)
     )
     message = refused(flags("generate", tmp_path), capsys)
-    assert "needs diffusers" in message and "pip install 'mra[dad]'" in message
+    assert "needs diffusers" in message and "pip install 'packages/mra[dad]'" in message
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "filter", "caption", "regions", "tiny", "toy"])

@@ -154,6 +154,15 @@ def test_interrupted_run_goes_on_with_the_same_numbers(
     # Once more: nothing is left to do.
     assert dad_main(flags("finetune", parts, *more)) == 0
     assert "the training is finished" in capsys.readouterr().out
+    # Killed between the last state of a longer run and its weights: those of the shorter one are not the result.
+    with monkeypatch.context() as patched:
+        patched.setattr(alignment, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert dad_main(flags("finetune", parts, *more, "--epochs", "2")) == 130
+    weights = parts / "model/controlnet/diffusion_pytorch_model.safetensors"
+    of_one_epoch = weights.read_bytes()
+    assert dad_main(flags("finetune", parts, *more, "--epochs", "2")) == 0
+    assert weights.read_bytes() != of_one_epoch
+    assert json.loads((parts / "model/manifest.json").read_text())["finished"] is True
 
 
 @pytest.mark.slow

@@ -182,6 +182,16 @@ def test_shards_make_what_one_run_makes(
     assert shared == whole
     assert dad_main(flags("filter", tmp_path, "--shard", "1/3")) == 2
     assert "use the same number of shards" in capsys.readouterr().err
+    # The share that the filter removed is of all shards.
+    assert dad_main(flags("filter", tmp_path, "--shard", "2/2")) == 0
+    assert " of 12 pictures removed" in capsys.readouterr().out
+    # What is left of a division that was given up does not count; shares made with other settings are not joined.
+    (tmp_path / "work/regions.1-of-3.jsonl.manifest.json").write_text('{"settings": {}}')
+    assert dad_main(flags("regions", tmp_path, "--pack")) == 0
+    manifest = tmp_path / "work/regions.2-of-2.jsonl.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"box_threshold": 0.35', '"box_threshold": 0.2'))
+    assert dad_main(flags("regions", tmp_path, "--pack")) == 2
+    assert "regions.2-of-2.jsonl with box_threshold=0.2" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused(copied: Path, flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,6 +285,51 @@ def test_unreadable_and_greyscale_pictures_are_dropped_with_their_reason(
     assert reasons["c_0_5000/1_2.jpg"] == "greyscale"
     share = 100 * len(reasons) / 12
     assert f"{len(reasons)} of 12 pictures removed: {share:.2f} % (SDA: 10.63 %)" in capsys.readouterr().out
+
+
+def test_a_picture_that_became_unreadable_is_dropped_by_later_stages(copied: Path, flags: Flags) -> None:
+    for path in (*(copied / "work").glob("captioned*"), *(copied / "work").glob("regions*")):
+        path.unlink()
+    names = [record["image"] for record in read_lines(copied / "work/filtered.jsonl")]
+    for stem, command, name in (("captioned", "caption", names[1]), ("regions", "regions", names[2])):
+        (copied / "images" / name).write_bytes(b"")
+        assert dad_main(flags(command, copied)) == 0
+        dropped = read_lines(copied / f"work/{stem}.jsonl.dropped.jsonl")
+        assert [(entry["image"], entry["reason"]) for entry in dropped] == [(name, "cannot be read")]
+    kept = [record["image"] for record in json.loads((copied / "sda/sda_0_5000.json").read_text())]
+    assert kept == [names[0], *names[3:]]
+
+
+def test_a_picture_is_written_whole_and_without_listing_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", (32, 64), (200, 30, 30))
+    path = tmp_path / "c_0_5000/0_0.jpg"
+    path.parent.mkdir()
+    (path.parent / ".0_0.tmp.jpg").write_bytes(b"left by a kill")
+    with monkeypatch.context() as patched:
+        for listing in ("listdir", "scandir"):
+            patched.setattr(os, listing, lambda *_: pytest.fail("a folder of 100,000 pictures would be listed"))
+        generate.write_picture(picture, path, 95)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="0_0.jpg"):
+        generate.write_picture(picture, path, 10)
+    assert [entry.name for entry in path.parent.iterdir()] == ["0_0.jpg"] and path.read_bytes() == before
+
+
+def test_pictures_of_weights_that_were_trained_further_are_not_mixed(
+    made: Path, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "model/controlnet", tmp_path / "controlnet")
+    words = flags("generate", tmp_path, "--captions", "1", "--controlnet", str(tmp_path / "controlnet"))
+    assert dad_main(words) == 0
+    weights = tmp_path / "controlnet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert dad_main(words) == 2
+    assert "was begun with adapter_weights=" in capsys.readouterr().err
 
 
 def test_pictures_that_are_no_numbers_are_dropped(

@@ -10,20 +10,28 @@ from typing import Any
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, one_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it replaces `path`, on failure it is removed.
 
     The folder is created. The data and the rename are flushed to disk before the context ends, so a process killed at
     any moment leaves the old file or the new one, never a part. The temporary name keeps the suffix of `path`, because
     some writers choose the format by it.
 
+    Args:
+        path: of the file.
+        one_writer: no two processes write `path` at the same time. Then the temporary name is always the same, and what a
+            killed writer left is overwritten; otherwise the folder is searched for that, which takes 0.2 s in a folder of
+            100,000 files.
+
     Raises:
         OSError: the folder cannot be written, or the disk is full; the old file is untouched.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    temporary = target.with_name(f".{target.stem}.tmp{os.getpid()}{target.suffix}")
+    if not one_writer:
+        _remove_leftovers(target)
+    writer = "" if one_writer else os.getpid()
+    temporary = target.with_name(f".{target.stem}.tmp{writer}{target.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -71,9 +79,9 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 with `\\n` line ends, whole or not at all."""
-    with atomic_path(path) as temporary:
+def write_text(path: str | os.PathLike[str], text: str, *, one_writer: bool = False) -> None:
+    """Write `text` as UTF-8 with `\\n` line ends, whole or not at all; `one_writer` as for `atomic_path`."""
+    with atomic_path(path, one_writer=one_writer) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json
 from tbps_common.llm.journal import Journal, Record, read_json_lines
+from tbps_common.progress import Progress
 
 _SHARD_NAME = re.compile(r"\.(\d+)-of-(\d+)\.jsonl$")
 
@@ -105,7 +106,7 @@ class StageOutcome:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items()))
         drops = f", {sum(self.dropped.values())} dropped ({reasons})" if reasons else ""
         left = self.items - self.kept - sum(self.dropped.values())
-        rest = f", {left} to do: run the same command again" if left else ""
+        rest = f", {left} to do: run the same command again" if left > 0 else ""
         return f"{self.output}: {self.kept} {unit}s kept{drops}{rest} ({self.per_second:.2f} {unit}s per second)"
 
 
@@ -142,8 +143,6 @@ def run_stage(
         InputError: another process writes `output`, it was made with other settings, or two items have one key.
         OSError: a record cannot be written; those before it are safe.
     """
-    from tqdm import tqdm
-
     from tbps_common.interruption import Interruption
 
     output = Path(output)
@@ -152,8 +151,12 @@ def run_stage(
     if len(place) != len(keys):
         twice = next(of for of, count in Counter(keys).items() if count > 1)
         raise InputError(f"{output}: two items have the key {twice}; every item needs its own")
-    begin_manifest(output, settings, notes)
     with Journal(output) as journal, Journal(f"{output}.dropped.jsonl") as drops:
+        try:
+            begin_manifest(output, settings, notes)  # by now no other process writes this output
+        except InputError:
+            _remove_if_empty(drops.path)
+            raise
         for side in (journal, drops):
             if side.torn:
                 say(f"{side.path}: the last line was cut short when an earlier run was killed; it is done again")
@@ -166,10 +169,7 @@ def run_stage(
             say(f"{output}: {before} of {len(items)} {unit}s are there already")
         started = time.perf_counter()
         interrupted = None
-        with (
-            Interruption() as interruption,
-            tqdm(total=len(items), initial=before, unit=unit, dynamic_ncols=True, disable=None) as progress,
-        ):
+        with Interruption() as interruption, Progress(len(items), initial=before, unit=unit, say=say) as progress:
             for begin in range(0, len(waiting), batch_size):
                 if interruption.requested:
                     interrupted = interruption.exit_status
@@ -180,8 +180,7 @@ def run_stage(
                         drops.append({**item, **result.details, "reason": result.reason})
                     else:
                         journal.append(result)
-                progress.update(len(batch))
-                progress.set_postfix(dropped=len(drops.records), refresh=False)
+                progress.update(len(batch), dropped=len(drops.records))
         # Records of items that are no longer asked for (an input that shrank) stay, at the end.
         for side in (journal, drops):
             side.rewrite(sorted(side.records, key=lambda entry: place.get(key(entry), len(place))))
@@ -195,8 +194,7 @@ def run_stage(
             time.perf_counter() - started,
             interrupted,
         )
-        if not drops.records:
-            drops.path.unlink()
+        _remove_if_empty(drops.path)
     finish_manifest(
         output,
         finished=interrupted is None,
@@ -231,9 +229,7 @@ def begin_manifest(output: str | Path, settings: Record, notes: Record | None = 
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; delete it to go on with the present settings") from error
         if made_with != settings:
-            names = sorted(
-                name for name in {*made_with, *settings} if made_with.get(name, ...) != settings.get(name, ...)
-            )
+            names = _differences(made_with, settings)
             name = names[0]
             raise InputError(
                 f"{output} was begun with {name}={made_with.get(name)!r}, and this run has {name}={settings.get(name)!r}"
@@ -242,6 +238,15 @@ def begin_manifest(output: str | Path, settings: Record, notes: Record | None = 
     elif begun:
         raise InputError(f"{output} has no {path.name}: it is not from this command; move it away")
     write_json(path, {**earlier, "settings": settings, **(notes or {}), "finished": False})
+
+
+def _remove_if_empty(path: Path) -> None:
+    if not _holds_something(path):
+        path.unlink()
+
+
+def _differences(one: Record, other: Record) -> list[str]:
+    return sorted(name for name in {*one, *other} if one.get(name, ...) != other.get(name, ...))
 
 
 def _holds_something(path: Path) -> bool:
@@ -268,7 +273,8 @@ def read_stage(folder: str | Path, stem: str) -> list[Record]:
     """All records of a stage: of `<stem>.jsonl`, or of all its shards, interleaved (sort them if the order matters).
 
     Raises:
-        DatasetError: there is no such file, a shard is missing or unfinished, or a line cannot be read.
+        DatasetError: there is no such file, a shard is missing or unfinished, shards were made with different settings,
+            or a line cannot be read.
     """
     folder = Path(folder)
     whole = folder / f"{stem}.jsonl"
@@ -295,8 +301,24 @@ def read_stage(folder: str | Path, stem: str) -> list[Record]:
             f"{folder}: of {stem}, shard {missing[0]}/{total} is missing ({len(missing)} in all); run it"
         )
     parts = [_records(path) for _, _, path in shards]
+    _require_same_settings([path for _, _, path in shards])
     longest = max(map(len, parts))
     return [part[row] for row in range(longest) for part in parts if row < len(part)]
+
+
+def _require_same_settings(shards: list[Path]) -> None:
+    made: list[tuple[Path, Record]] = []
+    for path in shards:
+        if manifest_path(path).is_file():
+            made.append((path, json.loads(manifest_path(path).read_text(encoding="utf-8")).get("settings", {})))
+    for path, settings in made[1:]:
+        first, expected = made[0]
+        if settings != expected:
+            name = _differences(expected, settings)[0]
+            raise DatasetError(
+                f"{first} was made with {name}={expected.get(name)!r} and {path.name} with {name}={settings.get(name)!r}: "
+                "make all shards with the same settings"
+            )
 
 
 def _records(path: Path) -> list[Record]:

@@ -6,8 +6,9 @@ A safetensors file: `global` `[N, D]` and, for attributes, `attrs` `[N, K, D]`, 
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 FORMAT = "diana-index/1"
 _SHOWN_DIGITS = 12
+# Of a weight file: enough to tell two trainings apart, few enough that a chat starts at once.
+_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+# safetensors refuses headers above 100 MB, the rest of ours included.
+_MOST_PATH_BYTES = 99_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +52,37 @@ class Gallery:
 
         return Features(self.embeds, self.attributes)
 
+    def without(self, paths: Collection[str]) -> "Gallery":
+        """The same index without some of its images."""
+        kept = [place for place, path in enumerate(self.paths) if path not in paths]
+        return replace(
+            self,
+            paths=[self.paths[place] for place in kept],
+            embeds=self.embeds[kept],
+            attributes=None if self.attributes is None else self.attributes[kept],
+        )
+
 
 def checkpoint_mark(folder: Path) -> str:
-    """SHA-256 of a checkpoint's config.json and of the sizes of its weight files."""
+    """SHA-256 of a checkpoint's config.json, and of the sizes and of evenly spread samples of its weight files.
+
+    Two trainings of one configuration leave files of the same size, hence the samples.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
-def join(batches: "Iterable[tuple[list[str], Tensor, Tensor | None]]") -> "tuple[list[str], Tensor, Tensor | None]":
-    """Paths, features and attributes of all batches.
+def join(
+    batches: "Iterable[tuple[list[str], Tensor, Tensor | None]]", earlier: Gallery | None = None
+) -> "tuple[list[str], Tensor, Tensor | None]":
+    """Paths, features and attributes of all batches, after those of an earlier index.
 
     Raises:
         GalleryError: there is no image.
@@ -66,6 +91,8 @@ def join(batches: "Iterable[tuple[list[str], Tensor, Tensor | None]]") -> "tuple
 
     paths: list[str] = []
     embeds, attributes = [], []
+    if earlier is not None:
+        batches = chain([(earlier.paths, earlier.embeds, earlier.attributes)], batches)
     for batch_paths, batch_embeds, batch_attributes in batches:
         paths += batch_paths
         embeds.append(batch_embeds)
@@ -74,6 +101,19 @@ def join(batches: "Iterable[tuple[list[str], Tensor, Tensor | None]]") -> "tuple
     if not paths:
         raise GalleryError("none of the images can be read: give other images")
     return paths, torch.cat(embeds), torch.cat(attributes) if attributes else None
+
+
+def check_paths_fit(paths: Collection[str]) -> None:
+    """Require that the list of images fits the file's header, before hours are spent on their features.
+
+    Raises:
+        GalleryError: it does not.
+    """
+    if len(json.dumps(json.dumps(list(paths)))) > _MOST_PATH_BYTES:
+        raise GalleryError(
+            f"the paths of {len(paths)} images do not fit the header of one index: index parts of them, each with its own "
+            "--out, or move them to a folder with a shorter path"
+        )
 
 
 def write_gallery(path: Path, gallery: Gallery) -> None:

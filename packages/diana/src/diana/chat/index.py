@@ -1,10 +1,12 @@
 """`diana-index`: compute the features of images once, so that a conversation only has to encode its text."""
 
 import argparse
+import os
 from pathlib import Path
 
 from diana.chat.gallery import (
     Gallery,
+    check_paths_fit,
     checkpoint_mark,
     join,
     read_gallery,
@@ -20,8 +22,8 @@ Compute the features of all images of a folder once, for diana-chat:
 
   diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
 
-An index that exists already is completed with the images it lacks. Images that cannot be read are left out, each with a
-warning.
+An index that exists already is brought up to date: images it lacks are added, images that changed since are encoded
+again, and those whose file is gone are dropped. Images that cannot be read are left out, each with a warning.
 """
 # Of ChatPedes, which the fine-tuned model was trained with.
 MEAN = (0.38901278, 0.3651612, 0.34836376)
@@ -41,26 +43,47 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--mode all needs the attribute refiner, which {folder} does not have: use --mode global")
     out = Path(flags.out)
     known: set[str] = set()
+    outdated: set[str] = set()
     if out.exists():
         header = read_header(out)
         require_checkpoint(out, header, folder)
         known = set(header["paths"])
-    missing = [image for image in images if image not in known]
-    if not missing:
+        outdated = _outdated(known, out.stat().st_mtime)
+    missing = [image for image in images if image not in known or image in outdated]
+    if not missing and not outdated:
         print(f"{out}: all {len(images)} images are there already")
         return 0
+    check_paths_fit(known.union(missing))
     earlier = read_gallery(out) if known else None
     if earlier is not None and (earlier.attributes is not None) != (flags.mode == "all"):
         raise GalleryError(f"{out} was made with another --mode: use the same, or write to another --out")
-    gallery = _encode(flags, folder, missing, earlier)
-    write_gallery(out, gallery)
-    added = len(gallery.paths) - len(known)
-    print(f"{out}: {added} images added, {len(gallery.paths)} in all")
+    earlier = None if earlier is None else earlier.without(outdated)
+    gallery = earlier if earlier is not None and not missing else _encode(flags, folder, missing, earlier)
+    kept = 0 if earlier is None else len(earlier.paths)
+    added = len(gallery.paths) - kept
+    if added or outdated:
+        write_gallery(out, gallery)
+    dropped = f", {len(outdated)} that changed or are gone dropped" if outdated else ""
+    print(f"{out}: {added} images added{dropped}, {len(gallery.paths)} in all")
     return 0
 
 
+def _outdated(paths: set[str], indexed_at: float) -> set[str]:
+    """Images that are gone, or were written after the index."""
+
+    def is_outdated(path: str) -> bool:
+        try:
+            return os.stat(path).st_mtime > indexed_at
+        except (OSError, ValueError):
+            return True
+
+    return {path for path in paths if is_outdated(path)}
+
+
 def listed_images(source: str) -> list[str]:
-    """Image paths of a folder, searched with its sub-folders, or of a text file with one path a line.
+    """Absolute image paths of a folder, searched with its sub-folders, or of a text file with one path a line.
+
+    Absolute, because a chat may be held in another folder, and one picture named in two ways would be found twice.
 
     Raises:
         InputError: nothing is there.
@@ -69,12 +92,12 @@ def listed_images(source: str) -> list[str]:
 
     file = Path(source)
     if not file.is_file():
-        return find_images(source)
+        return [os.path.abspath(path) for path in find_images(source)]
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--images {file} is neither a folder nor a list of paths ({error})") from error
-    paths = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    paths = list(dict.fromkeys(os.path.abspath(line.strip()) for line in lines if line.strip()))
     if not paths:
         raise InputError(f"--images {file} lists no image: write one path a line")
     return paths
@@ -101,11 +124,7 @@ def _encode(flags: argparse.Namespace, folder: Path, images: list[str], earlier:
         skip_unreadable=True,
         progress=True,
     )
-    paths, embeds, attributes = join(batches)
-    if earlier is not None:
-        paths, embeds = [*earlier.paths, *paths], torch.cat([earlier.embeds, embeds])
-        if attributes is not None and earlier.attributes is not None:
-            attributes = torch.cat([earlier.attributes, attributes])
+    paths, embeds, attributes = join(batches, earlier)
     return Gallery(paths, embeds, attributes, size, checkpoint_mark(folder))
 
 

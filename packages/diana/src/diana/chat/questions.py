@@ -92,7 +92,7 @@ QUESTIONS = (
 
 
 def open_questions(rounds: Sequence[Sequence[dict[str, str]]]) -> list[Question]:
-    """The questions whose topic has neither been asked for nor come up in an answer.
+    """The questions whose topic has come up neither in a question (a language model words it otherwise) nor in an answer.
 
     Args:
         rounds: of the dialogue so far.
@@ -102,7 +102,6 @@ def open_questions(rounds: Sequence[Sequence[dict[str, str]]]) -> list[Question]
         word
         for messages in rounds
         for message in messages
-        if message["from"] == "user"
         for word in re.findall(r"[a-z]+(?:-[a-z]+)*", message["value"].lower())
     }
     return [q for q in QUESTIONS if q.text not in asked and not said & set(q.words)]

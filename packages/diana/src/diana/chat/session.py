@@ -1,6 +1,7 @@
 """`diana-chat`: find a person among the pictures of an index by answering questions."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,10 @@ class Session:
     @property
     def scale(self) -> float:
         """Inverse temperature of the similarities, for probabilities. In mode `all` two similarities are added."""
-        return float(self._model.logit_scale.detach().exp()) / (1 if self._mode == "global" else 2)
+        from diana.model.diana import MAX_LOGIT_SCALE
+
+        scale = float(self._model.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE).exp())
+        return scale / (1 if self._mode == "global" else 2)
 
     def score(self, dialogues: Sequence[Sequence[Round]]) -> "Tensor":
         """Scores `[number of dialogues, N]`. What the dialogues have in common at their beginning is computed once."""
@@ -104,12 +108,24 @@ def main(argv: list[str]) -> int:
     client = _client(flags)
     from diana.model import load_diana
     from tbps_common.device import choose_device
+    from tbps_common.images import missing_images
 
     gallery = read_gallery(index)
     model, tokenizer = load_diana(folder, device=choose_device(flags.device))
     session = Session(model, tokenizer, gallery, max_seq_length=flags.max_seq_length, batch_size=flags.text_batch_size)
     print(f"{len(gallery.paths)} pictures. Commands: undo, reset, quit.")
-    talk(session, _questioner(flags, session, client), flags, sys.stdin)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="ignore")  # bytes of another encoding are no reason to lose the conversation
+    gone = missing_images(gallery.paths)
+    if gone:
+        print(
+            f"note: {len(gone)} of them are no longer where they were ({gone[0]}): diana-index brings {index} up to date",
+            file=sys.stderr,
+        )
+    try:
+        talk(session, _questioner(flags, session, client), flags, sys.stdin)
+    finally:  # Ctrl-C is a usual way to leave
+        _save(session, Path(flags.out_dir))
     return 0
 
 
@@ -143,7 +159,6 @@ def talk(session: Session, questioner: Questioner, flags: argparse.Namespace, an
             continue
         session.rounds.append(make_round(asked[-1], answer))
         _show(session, flags)
-    _save(session, Path(flags.out_dir))
 
 
 def _read_answer(question: str, answers: TextIO) -> str:
@@ -167,7 +182,8 @@ def _show(session: Session, flags: argparse.Namespace) -> None:
     hits = session.search(flags.topk)
     print()
     for rank, (path, score) in enumerate(hits, start=1):
-        print(f"{rank:3d}  {score:7.4f}  {path}")
+        shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files need not be Unicode
+        print(f"{rank:3d}  {score:7.4f}  {shown}")
     text = " ".join(message["value"] for turn in session.rounds for message in turn if message["from"] == "user")
     picture = Path(flags.out_dir) / f"round_{len(session.rounds)}.png"
     ranked_list(picture, [RankedQuery(text=text, hits=[Hit(path, score) for path, score in hits])])

@@ -356,11 +356,12 @@ def load_diana(
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded.
     """
-    from diana.tokenizer import load_tokenizer
+    from diana.tokenizer import check_vocabulary, load_tokenizer
 
     folder = weights.resolve_folder(source)
     tokenizer = load_tokenizer(folder)
     model = DiaNAModel.from_pretrained(folder, dtype=dtype)
+    check_vocabulary(tokenizer, model.llama_tower.config.vocab_size, folder)
     model.merge_lora()
     model.to(device)
     model.set_attention(model.config.attn_implementation)

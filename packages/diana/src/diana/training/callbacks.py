@@ -1,7 +1,7 @@
 """Callbacks of the trainer: checkpoints that are whole or absent, and stopping on a signal."""
 
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,16 @@ class WholeCheckpoints(TrainerCallback):
 
     def _install(self, written: Path) -> None:
         _flush(written)
-        delete(self.replaced)
-        self.replaced = []
         target = self.output_dir / written.name
-        if target.exists():
-            shutil.rmtree(target)
+        # Moved away first, deleted last: deleting many gigabytes takes time, and a kill meanwhile would leave nothing.
+        aside = Path(tempfile.mkdtemp(prefix="replaced-", dir=written.parent))
+        for path in {*self.replaced, target}:
+            if path.exists():
+                os.rename(path, aside / path.name)
+        self.replaced = []
         os.rename(written, target)
         _flush_folder(self.output_dir)
+        delete([aside])
         if self.keep:
             delete(checkpoints(self.output_dir)[: -self.keep])
 

@@ -45,7 +45,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cpu_processes",
         type=int,
-        default=int(os.environ.get("CPU_PROCESSES") or 1),
+        default=os.environ.get("CPU_PROCESSES") or "1",  # a text, which argparse reads and checks like a flag's
         help="processes without a GPU (environment: CPU_PROCESSES)",
     )
     parser.add_argument("script", help="train.py")

@@ -87,11 +87,12 @@ def _train(
     from transformers import set_seed
 
     from diana.data import Collate, build_training_dataset
-    from diana.tokenizer import load_tokenizer
+    from diana.tokenizer import check_vocabulary, load_tokenizer
     from diana.training.model_setup import build_model, image_size, size_sentences, use_checkpointing
 
     set_seed(trainer_args.seed)
-    tokenizer: Any = load_tokenizer(checkpoint or args.llama_pretrained or args.pretrained)
+    tokenizer_source = checkpoint or args.llama_pretrained or args.pretrained
+    tokenizer: Any = load_tokenizer(tokenizer_source)
     dataset = build_training_dataset(
         check_data(args),
         tokenizer,
@@ -110,6 +111,7 @@ def _train(
     say(f"There are {dataset.num_ids} ids.")
     say(f"There are {dataset.num_captions} captions.")
     model = build_model(args, checkpoint, tokenizer.pad_token_id)
+    check_vocabulary(tokenizer, model.llama_tower.config.vocab_size, tokenizer_source)
     model.set_gradient_checkpointing(use_checkpointing(args.grad_checkpointing, trainer_args.device))
     for sentence in size_sentences(model):
         say(sentence)

@@ -32,6 +32,7 @@ DROPPED = frozenset(
 )
 # Translated by hand below.
 TRANSLATED = frozenset(("warmup_ratio", "logging_dir", "group_by_length", "adafactor"))
+_FALSE = ("false", "0", "no", "f", "n")
 # Names met in scripts. Any other word is given to transformers before anything else is looked at, so that a typing
 # error is told as such; the list need not be complete.
 _COMMON = frozenset(
@@ -78,6 +79,12 @@ def take_flag(words: Sequence[str], name: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
+def asks_for_cpu(words: Sequence[str]) -> bool:
+    """Whether the trainer is told to leave GPUs alone: `--use_cpu True`, or by its earlier name `--no_cuda True`."""
+    values = (take_flag(words, name)[1] for name in ("use_cpu", "no_cuda"))
+    return any(value is not None and value.lower() not in _FALSE for value in values)
+
+
 def modernise(words: Sequence[str]) -> list[str]:
     """Words that today's `TrainingArguments` accepts and that mean what the old ones meant."""
     result = []
@@ -99,10 +106,10 @@ def modernise(words: Sequence[str]) -> list[str]:
     if folder:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", folder)
     result, grouped = take_flag(result, "group_by_length")
-    if grouped is not None and grouped.lower() not in ("false", "0", "no"):
+    if grouped is not None and grouped.lower() not in _FALSE:
         print("note: --group_by_length has no effect here; --length_grouping True does it", file=sys.stderr)
     result, adafactor = take_flag(result, "adafactor")
-    if adafactor is not None and adafactor.lower() not in ("false", "0", "no"):
+    if adafactor is not None and adafactor.lower() not in _FALSE:
         result = [*result, "--optim", "adafactor"]
     return result
 

@@ -10,6 +10,8 @@ from dp_gen.data_layout import FolderLayout
 from tbps_common.errors import DatasetError
 from tbps_common.images import read_image
 
+_INT64_DIGITS = len(str(2**63))
+
 
 class TrainingFolder(FolderLayout):
     """Reads whole samples; see `FolderLayout` for the files."""
@@ -22,7 +24,7 @@ class TrainingFolder(FolderLayout):
 
         Returns:
             Image uint8 [3, h, w]; description and segments; mask uint8 [h, w]; the id as a number (the line number for
-            an id that is none).
+            an id that is none, or too long for an int64).
 
         Raises:
             DatasetError: a file is missing or damaged, or they do not fit each other.
@@ -36,7 +38,8 @@ class TrainingFolder(FolderLayout):
                 f"{self.stem(img_id)}.npy is {seg_map.shape[0]} x {seg_map.shape[1]} and its image {image.shape[1]} x "
                 f"{image.shape[2]} (rows x columns): both must have the same size"
             )
-        return image, info, seg_map, int(img_id) if img_id.isdecimal() else index
+        number = int(img_id) if img_id.isdecimal() and len(img_id) < _INT64_DIGITS else index
+        return image, info, seg_map, number
 
     def read_mask(self, img_id: str) -> Tensor:
         """The mask of a sample, uint8 [h, w].
@@ -55,5 +58,6 @@ class TrainingFolder(FolderLayout):
             shape = getattr(mask, "shape", "?")
             raise DatasetError(f"{path} must be a 2-D array of integers, not {shape} of {getattr(mask, 'dtype', '?')}")
         if mask.size and (mask.min() < 0 or mask.max() > 255):
-            raise DatasetError(f"{path} holds the value {mask.max()}: segment ids lie between 0 and 255")
+            worst = mask.min() if mask.min() < 0 else mask.max()
+            raise DatasetError(f"{path} holds the value {worst}: segment ids lie between 0 and 255")
         return torch.from_numpy(mask.astype(np.uint8))

@@ -111,7 +111,7 @@ class DiversePersonDataset(Dataset[Item]):
         seg_maps = torch.zeros(self.slots, self.resolution, self.resolution)
         # A phrase beyond the text's maximum length has lost its token, and loses its reference.
         for slot, segment in enumerate(segments[:used]):
-            _require_inside(segment["bbox"], image, img_id)
+            require_inside(segment["bbox"], image, img_id)
             cut = cut_attribute(image, background, seg_map, segment["id"], segment["bbox"])
             references[slot] = self.attribute_transforms(cut)
             seg_maps[slot] = seg_t == segment["id"]
@@ -144,7 +144,12 @@ class DiversePersonDataset(Dataset[Item]):
         return description, segments
 
 
-def _require_inside(bbox: Sequence[int], image: Tensor, img_id: int) -> None:
+def require_inside(bbox: Sequence[int], image: Tensor, img_id: int | str) -> None:
+    """Check a segment's box against its image, [3, h, w].
+
+    Raises:
+        DatasetError: it does not lie inside.
+    """
     height, width = image.shape[1:]
     left, top, right, bottom = bbox
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dp_gen.captions import encode_with_image_tokens, insert_image_tokens
 from dp_gen.data.folder import TrainingFolder
+from dp_gen.data.items import require_inside
 from dp_gen.data.transforms import attribute_transforms, cut_attribute
 from dp_gen.generation.conditions import encode_prompts, make_prompt
 from dp_gen.generation.geometry import Square, at_latent_size, dilate, feather, paste, to_square
@@ -192,12 +193,24 @@ class Producer:
             if new is not None:
                 references.append(reference_tensor(new.file, self.resolution))
             else:
+                require_inside(segment["bbox"], image, task.sample)
                 cut = cut_attribute(image, background, mask, segment["id"], segment["bbox"])
                 references.append(transform(cut))
         return torch.stack(references)
 
     def _region(self, task: EditTask, seg: Tensor) -> Tensor:
-        """Where the square may change: float [R, R] of 0 and 1."""
+        """Where the square may change: float [R, R] of 0 and 1.
+
+        Raises:
+            DatasetError: it shows nothing of an edited label: the result would be the original under another caption.
+        """
+        for label in task.edited:
+            ids = [segment["id"] for segment in task.segments if segment["label"] == label]
+            if not bool(torch.isin(seg, torch.tensor(ids, dtype=seg.dtype)).any()):
+                raise DatasetError(
+                    f"the mask of sample {task.sample} shows nothing of its segment {label!r}, so it cannot be edited: "
+                    "take the sample out of the id file (python -m dp_gen.data names all such)"
+                )
         if self.sampling.whole_person:
             chosen = seg != 0
         else:

@@ -15,6 +15,7 @@ from tbps_common.files import atomic_path, write_text
 from tbps_common.images import read_image
 from tbps_common.interruption import Interruption
 from tbps_common.llm.journal import Journal, read_json_lines
+from tbps_common.progress import Progress
 from tbps_common.report.pictures import spread
 from tbps_common.stages import Shard
 
@@ -67,15 +68,13 @@ class Run:
             InputError: another process makes the same, or whatever `produce` raises.
             OSError: a file cannot be written; the images before it are safe.
         """
-        from tqdm import tqdm
-
         store_settings(self.root / SETTINGS_NAME, self.settings)
         own = shard.of(tasks)
         with Journal(shard.file(self.root, STEM)) as manifest:
             made = self.rows()
             missing = [task for task in own if task.name not in made]
             print(f"{len(own)} images, {len(own) - len(missing)} of them made before")
-            with Interruption() as interruption, tqdm(total=len(missing), unit="image", disable=None) as progress:
+            with Interruption() as interruption, Progress(len(missing), unit="image") as progress:
                 for start in range(0, len(missing), batch_size):
                     if interruption.requested:
                         print("stopped; the same command makes the missing images", file=sys.stderr)
@@ -125,7 +124,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, one_writer=True) as temporary:
         if path.suffix == ".jpg":
             image.save(temporary, format="JPEG", quality=95, subsampling=0)  # full colour resolution
         else:

@@ -127,7 +127,8 @@ class DiversePersonModel(nn.Module):
         posterior = self.vae.encode(pix_v.to(self.vae.dtype)).latent_dist
         if noise is None:
             noise = _normal_like(posterior.mean)
-        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+        # autocast computes the deviation's exponential in float32 on GPUs; the latents keep the VAE's type.
+        return (posterior.mean + posterior.std.to(posterior.mean.dtype) * noise) * self.vae.config.scaling_factor
 
     def forward(self, batch: Batch, noise_scheduler: Any, draws: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """The losses of one batch (spec section 6).

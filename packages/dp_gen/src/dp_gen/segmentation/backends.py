@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dp_gen.segmentation.masks import ATR_CLASSES, ATR_COUNT, tight_box
+from dp_gen.segmentation.masks import ATR_CLASSES, ATR_COUNT, SMALLEST_SHARE, large_components, tight_box
 from tbps_common.datasets.records import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import pixel_limit
@@ -116,7 +116,9 @@ class BoxPrompted:
         found = []
         for image, picture in zip(images, self.parser.class_pictures(images)):
             parsed = _split(picture, self.parser.class_map, self.types)
-            boxes = {label: box for label, region in parsed.items() if (box := tight_box(region)) is not None}
+            # Without the parser's specks: one of them at the feet would stretch the box of the hair over the person.
+            large = {label: large_components(region, SMALLEST_SHARE) for label, region in parsed.items()}
+            boxes = {label: box for label, region in large.items() if (box := tight_box(region)) is not None}
             found.append(self._prompted(image, boxes, picture != 0))
         return found
 

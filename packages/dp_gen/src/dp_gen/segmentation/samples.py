@@ -109,12 +109,12 @@ def write_sample(
     """
     stem = sample.stem(root)
     kind = _format_of(sample.path)
-    with atomic_path(stem.with_suffix(_COPIED.get(kind, ".png"))) as temporary:
+    with atomic_path(stem.with_suffix(_COPIED.get(kind, ".png")), one_writer=True) as temporary:
         if kind in _COPIED:
             shutil.copyfile(sample.path, temporary)
         else:
             image.save(temporary, format="PNG")
-    with atomic_path(stem.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+    with atomic_path(stem.with_suffix(".npy"), one_writer=True) as temporary, open(temporary, "wb") as file:
         np.save(file, mask, allow_pickle=False)
     content = {
         "description": sample.caption,
@@ -122,7 +122,7 @@ def write_sample(
         "height": image.height,
         "segments": segments,
     }
-    write_text(stem.with_suffix(".json"), json.dumps(content, ensure_ascii=False) + "\n")
+    write_text(stem.with_suffix(".json"), json.dumps(content, ensure_ascii=False) + "\n", one_writer=True)
 
 
 def read_segments(sample: Sample, root: Path) -> list[dict[str, Any]]:

@@ -108,17 +108,17 @@ class TrainingRun:
                 self._update(batches, log)
                 bar.update()
                 bar.set_description(f"Global step: {self.progress.step}", refresh=False)
-                self._flush_if_due(log, bar)
+                if len(log) >= self.args.log_every:
+                    self._flush(log, bar)
                 stop = self._stop_requested()
                 if stop or self.progress.step % self.args.checkpointing_steps == 0:
-                    self._save(log)
+                    self._save(log, bar)
                 if stop:
                     return self._stopped()
             if self.interruption.requested:  # the loader's processes ended before an update was done
-                self._save(log)
+                self._save(log, bar)
                 return self._stopped()
-            self._require_finite()
-            log.flush()
+            self._flush(log, bar)
         self._report_replaced()
         self._conclude()
         return 0
@@ -175,11 +175,12 @@ class TrainingRun:
         samples = sum(len(batch["pix_v"]) for batch in batches) * self.ranks.world_size
         log.add(self.progress.step, sums, norm, lr, samples)
 
-    def _flush_if_due(self, log: ProgressLog, bar: Any) -> None:
-        if len(log) < self.args.log_every:
-            return
+    def _flush(self, log: ProgressLog, bar: Any) -> None:
+        """Read back the losses since the last time, and show the newest."""
         self._require_finite()
         values = log.flush()
+        if not values:
+            return
         bar.set_postfix(
             l_noise=values["denoise_loss"], lr=values["lr"], l_loc=values.get("localization_loss", 0.0), refresh=False
         )
@@ -190,11 +191,10 @@ class TrainingRun:
             ", ".join(f"{name} {value:.4g}" for name, value in values.items()),
         )
 
-    def _save(self, log: ProgressLog) -> None:
+    def _save(self, log: ProgressLog, bar: Any) -> None:
         """Write `checkpoint-<step>`, then delete what need not be kept."""
-        self._require_finite()
+        self._flush(log, bar)
         self._report_replaced()
-        log.flush()
         accelerator = self.accelerator
         target = self.output_dir / checkpoints.checkpoint_name(self.progress.step)
         with checkpoints.new_folder(target, is_main=self.ranks.is_main, wait=accelerator.wait_for_everyone) as folder:

@@ -5,7 +5,9 @@ import base64
 import io
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from fafa.syncpr.records import (
     SCORES,
     VERDICTS,
     Quadruple,
+    is_own,
+    key_in,
     load_pairs,
     load_quadruples,
     pair_key,
 )
 from tbps_common.arguments import number, whole_number
+from tbps_common.datasets.records import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.stages import Dropped, StageOutcome, begin_manifest, finish_manifest, manifest_path, run_stage
@@ -49,6 +54,9 @@ _REASON_VLM = {
     "picture_2_fits": "the right half does not fit its caption (VLM)",
     "same_person": "the halves show different persons (VLM)",
 }
+# Captions of quadruples that came later (of a request that was asked again) can make one with pictures a duplicate.
+_REASON_GONE = "the quadruple is left out since the picture was made"
+_SCORES = ("clip_left", "clip_right", "identity", "pair_similarity")
 _JPEG_QUALITY = 90
 
 
@@ -78,7 +86,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Run the stage; returns the exit status."""
-    require_extra("filter", "transformers", *(("openai",) if flags.vlm_model else ()))
+    require_extra("filter", "diffusers", "transformers", *(("openai",) if flags.vlm_model else ()))
     require_model_folder(flags.clip, "config.json", "--clip")
     if flags.person_model is not None:
         require_model_folder(flags.person_model, "config.json", "--person-model")
@@ -87,18 +95,18 @@ def run(flags: argparse.Namespace) -> int:
     client = _client(flags) if flags.vlm_model else None
     quadruples, _ = load_quadruples(flags.out)
     pairs = load_pairs(flags.out, IMAGES)
-    unknown = next((pair for pair in pairs if pair["quadruple_id"] not in quadruples), None)
-    if unknown is not None:
-        raise DatasetError(
-            f"{flags.out}: images.jsonl has pictures of quadruple {unknown['quadruple_id']}, which is gone"
-        )
-    own = set(flags.shard.of(list(quadruples)))
-    pairs = [pair for pair in pairs if pair["quadruple_id"] in own]
+    pictures = [pair for pair in pairs if is_own(flags.shard, pair["quadruple_id"])]
+    pairs = [pair for pair in pictures if pair["quadruple_id"] in quadruples]
+    if pictures and not pairs:
+        raise DatasetError(f"{flags.out}: images.jsonl has no picture of the quadruples in quadruples.jsonl")
+    _reopen(manifest_path(flags.shard.file(flags.out, KEPT)))
     outcome = _score(flags, pairs, quadruples)
     print(outcome.sentence("pair"))
     if outcome.exit_status:
         return outcome.exit_status
-    scores = _read(outcome.output, "clip_left", "clip_right", "identity", "pair_similarity")
+    scores = _read(outcome.output, dict.fromkeys(_SCORES, _is_number))
+    present = set(map(pair_key, pairs))
+    scores = [record for record in scores if pair_key(record) in present]
     complaint = ""
     verdicts: dict[Any, dict[str, bool]] = {}
     if client is not None:
@@ -109,9 +117,11 @@ def run(flags: argparse.Namespace) -> int:
             return asked.interrupted
         # Pairs about which the model says nothing usable are dropped; a server that does not answer is another matter.
         complaint = asked.refusal or (f"{asked.failed} pairs got no answer: run again" if asked.failed else "")
-        verdicts = {pair_key(record): record["answers"] for record in _read(_verdict_file(flags), "answers")}
+        verdicts = {
+            pair_key(record): record["answers"] for record in _read(_verdict_file(flags), {"answers": _are_answers})
+        }
         _note_verdicts(outcome.output, verdicts)
-    kept = _keep(flags, outcome, scores, verdicts, finished=not complaint)
+    kept = _keep(flags, outcome, scores, verdicts, gone=len(pictures) - len(pairs), finished=not complaint)
     print(kept)
     if complaint:
         raise InputError(complaint)
@@ -129,6 +139,15 @@ def failing(record: dict[str, Any], flags: argparse.Namespace) -> str | None:
     if record["pair_similarity"] > flags.max_pair_similarity:
         return "the halves are nearly the same (--max-pair-similarity)"
     return None
+
+
+def _reopen(manifest: Path) -> None:
+    """Mark what an earlier run kept as unfinished until this one has chosen anew."""
+    if manifest.is_file():
+        with suppress(DatasetError):  # a damaged one is written anew at the end
+            content = read_json(manifest)
+            if isinstance(content, dict):
+                write_json(manifest, {**content, "finished": False})
 
 
 def _score(flags: argparse.Namespace, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]) -> StageOutcome:
@@ -153,7 +172,14 @@ def _score(flags: argparse.Namespace, pairs: list[dict[str, Any]], quadruples: d
 
         notes = {"command": "fafa-syncpr filter", "shard": str(flags.shard)}
         return run_stage(
-            pairs, score, output, key=pair_key, settings=settings, batch_size=flags.batch_size, unit="pair", notes=notes
+            pairs,
+            score,
+            output,
+            key=key_in(output),
+            settings=settings,
+            batch_size=flags.batch_size,
+            unit="pair",
+            notes=notes,
         )
 
 
@@ -203,16 +229,16 @@ def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], qu
     def own(pair: dict[str, Any]) -> dict[str, Any]:
         return {"quadruple_id": pair["quadruple_id"], "variant": pair["variant"]}
 
+    path = _verdict_file(flags)
     job: llm.Job[dict[str, Any]] = llm.Job(
         items=pairs,
         keys=lambda pair: (pair_key(pair),),
-        record_key=pair_key,
+        record_key=key_in(path),
         messages=messages,
         parse=lambda pair, answer: {**own(pair), "answers": read_verdict(answer)},
         describe=own,
         order=pair_key,
     )
-    path = _verdict_file(flags)
     begin_manifest(path, {"model": flags.vlm_model, "prompt": QUESTION_PROMPT_MARK}, {"server": client.server})
     outcome = llm.run(job, client, path, unit="pair")
     finish_manifest(
@@ -239,19 +265,29 @@ def data_url(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _read(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The records of a file of this stage, which have all these keys."""
+def _read(path: Path, parts: dict[str, Callable[[Any], bool]]) -> list[dict[str, Any]]:
+    """The records of a file of this stage, each of which has these parts in the form that they must have."""
     from tbps_common.llm.journal import read_json_lines
 
     records = []
     for line, record in read_json_lines(path):
         if isinstance(record, str):
             raise DatasetError(f"{path}, line {line + 1}: {record}")
-        missing = [key for key in ("quadruple_id", "variant", *keys) if record.get(key) is None]
-        if missing:
-            raise DatasetError(f"{path}, line {line + 1}, has no {missing[0]}: delete the line to have it made again")
+        wrong = [name for name, fits in parts.items() if not fits(record.get(name))]
+        if wrong:
+            raise DatasetError(
+                f"{path}, line {line + 1}, has no {wrong[0]} that can be used: delete the line to have it made again"
+            )
         records.append(record)
     return records
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_answers(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), bool) for key in QUESTION_KEYS)
 
 
 def _note_verdicts(path: Path, verdicts: dict[Any, dict[str, bool]]) -> None:
@@ -273,6 +309,7 @@ def _keep(
     scores: list[dict[str, Any]],
     verdicts: dict[Any, dict[str, bool]],
     *,
+    gone: int,
     finished: bool,
 ) -> str:
     """Write what passes, and what does not with the reason; returns a sentence."""
@@ -291,6 +328,8 @@ def _keep(
         (kept if reason is None else dropped).append(record if reason is None else {**record, "reason": reason})
     reasons = Counter(record["reason"] for record in dropped)
     reasons.update(scored.dropped)
+    if gone:
+        reasons[_REASON_GONE] = gone
     manifest = {
         "command": "fafa-syncpr filter",
         "settings": {
@@ -303,7 +342,8 @@ def _keep(
     write_text(output, b"".join(map(encode, kept)).decode())
     aside = Path(f"{output}{DROPPED_SUFFIX}")
     write_text(aside, b"".join(map(encode, dropped)).decode())
-    counts = {"items": scored.items, "kept": len(kept), "dropped": dict(reasons)}
+    items = scored.items + gone
+    counts = {"items": items, "kept": len(kept), "dropped": dict(reasons)}
     write_json(manifest_path(output), {**manifest, **counts, "finished": finished})
     listed = "".join(f"\n  {count} dropped: {reason}" for reason, count in reasons.most_common())
-    return f"{output}: {len(kept)} of {scored.items} pairs kept{listed}"
+    return f"{output}: {len(kept)} of {items} pairs kept{listed}"

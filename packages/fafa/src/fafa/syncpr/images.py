@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fafa.syncpr.libraries import require_extra, require_model_folder
 from fafa.syncpr.prompts import IMAGE_TEMPLATE, image_prompt
-from fafa.syncpr.records import IMAGES, load_quadruples, pair_key
+from fafa.syncpr.records import IMAGES, is_own, key_in, load_quadruples
 from tbps_common.arguments import number, whole_number
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path
@@ -72,7 +72,7 @@ def run(flags: argparse.Namespace) -> int:
     quadruples, duplicates = load_quadruples(flags.out)
     if duplicates:
         print(f"{duplicates} quadruples repeat a caption of another shard's and are left out")
-    own = flags.shard.of(list(quadruples))
+    own = [of for of in quadruples if is_own(flags.shard, of)]
     items = [{"quadruple_id": of, "variant": variant} for of in own for variant in range(flags.variants)]
     from fafa.syncpr.text_to_image import Sampling
 
@@ -81,11 +81,12 @@ def run(flags: argparse.Namespace) -> int:
     prompts = {of: image_prompt(flags.prompt_template, one.caption_1, one.caption_2) for of, one in quadruples.items()}
     painter = _painter(flags)
     cut = _count_cut(painter, [prompts[of] for of in own])
+    output = flags.shard.file(flags.out, IMAGES)
     outcome = run_stage(
         items,
         _maker(flags, painter, sampling, prompts),
-        flags.shard.file(flags.out, IMAGES),
-        key=pair_key,
+        output,
+        key=key_in(output),
         settings=settings,
         batch_size=flags.batch_size,
         unit="picture",
@@ -217,6 +218,6 @@ def _save(picture: "Image.Image", root: Path, item: dict[str, Any], flags: argpa
     left, right = cut_in_two(picture.convert("RGB"), flags.half_height, flags.half_width)
     for name, image in (("whole", picture), ("left", left), ("right", right)):
         if name != "whole" or not flags.halves_only:
-            with atomic_path(root / paths[name]) as temporary:
+            with atomic_path(root / paths[name], one_writer=True) as temporary:
                 image.save(temporary, format="PNG")
     return {"left": paths["left"], "right": paths["right"]}

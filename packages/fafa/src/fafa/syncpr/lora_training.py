@@ -1,7 +1,6 @@
 """The training of a LoRA: every number depends on the seed, the step and the item, so that a resumed run is exact."""
 
 import argparse
-import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,11 +19,13 @@ from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.device import choose_device, device_sentence
 from tbps_common.distributed import Ranks, barrier, process_group
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.files import atomic_path
 from tbps_common.finite import FiniteLoss
 from tbps_common.images import read_image
 from tbps_common.interruption import AgreedStop, Interruption
 from tbps_common.llm import Journal
 from tbps_common.loading import EpochBatches, SeededItems, replaced_items
+from tbps_common.progress import Progress
 from tbps_common.stages import begin_manifest, finish_manifest
 
 _STATE = "training_state.pt"
@@ -102,23 +103,16 @@ class _Run:
 
     def train(self, stop: Any) -> bool:
         """Whether all steps are done."""
-        from tqdm import tqdm
-
         flags = self.flags
         if self.step >= flags.steps:
+            self._save()  # the manifest was begun anew
             self._say(f"all {flags.steps} steps are done already: {self.out / WEIGHTS}")
             return True
         finite = FiniteLoss(self.device)
         losses = torch.zeros((), device=self.device)
         with (
             Journal(self.out / "log.jsonl") if self.ranks.is_main else nullcontext() as log,
-            tqdm(
-                total=flags.steps,
-                initial=self.step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=None if self.ranks.is_main else True,
-            ) as progress,
+            Progress(flags.steps, initial=self.step, unit="step", enabled=self.ranks.is_main) as progress,
         ):
             if log is not None:
                 log.rewrite([line for line in log.records if line["step"] <= self.step])
@@ -136,7 +130,7 @@ class _Run:
                     mean = float(losses) / (self.step - since)
                     losses.zero_()
                     since = self.step
-                    progress.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                    progress.update(0, loss=f"{mean:.4f}")
                     if log is not None:
                         log.append({"step": self.step, "loss": mean, "lr": self._rate(self.step - 1)})
                 if self.step % flags.save_every == 0 or last or stopping:
@@ -201,12 +195,13 @@ class _Run:
         if self.ranks.is_main:
             weights = {name: value.detach().cpu() for name, value in self.parameters.items()}
             state = {"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict()}
-            save_checkpoint(state, self.out / _STATE)
+            # In this order: where there is a state, the file is as new and its manifest binds the next run.
             save_lora(self.method, self.out)
+            save_checkpoint(state, self.out / _STATE)
             finish_manifest(
                 self.out / WEIGHTS,
                 finished=self.step >= self.flags.steps,
-                items=self.flags.steps,
+                items=max(self.flags.steps, self.step),
                 kept=self.step,
                 dropped={},
                 seconds=time.perf_counter() - self._counted,
@@ -262,7 +257,6 @@ def save_lora(method: Denoising, out: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(method.denoiser))
-    # diffusers writes into a folder under a name of its own; the file is then moved into place.
-    with tempfile.TemporaryDirectory(prefix=".lora", dir=out) as folder, quiet_libraries():
-        type(method.pipeline).save_lora_weights(folder, **{f"{method.part}_lora_layers": layers})
-        (Path(folder) / WEIGHTS).replace(out / WEIGHTS)
+    with atomic_path(out / WEIGHTS) as temporary, quiet_libraries():
+        given = {f"{method.part}_lora_layers": layers, "weight_name": temporary.name}
+        type(method.pipeline).save_lora_weights(temporary.parent, **given)

@@ -41,7 +41,7 @@ def run(flags: argparse.Namespace) -> int:
     pairs = load_pairs(root, KEPT)
     if not pairs:
         raise InputError(
-            f"{root}: no pair was kept: lower the thresholds of fafa-syncpr filter (it runs in an instant)"
+            f"{root}: no pair was kept: lower the thresholds of fafa-syncpr filter (nothing is computed or asked again)"
         )
     for pair in pairs:
         if pair["quadruple_id"] not in quadruples:

@@ -52,18 +52,19 @@ def run(flags: argparse.Namespace) -> int:
             raise DatasetError(
                 f"{flags.syncpr}: triplet {number} has no reference_caption and target_caption, which make the prompt"
             )
-    from tqdm import tqdm
-
     from tbps_common.images import read_image
+    from tbps_common.progress import Progress
 
     lines = []
-    for number, record in enumerate(tqdm(chosen, unit="pair", dynamic_ncols=True, disable=None)):
-        halves = [read_image(path) for path in (record.reference_image_path, record.target_image_path)]
-        name = f"images/{number}.png"
-        with atomic_path(Path(flags.out) / name) as temporary:
-            side_by_side(halves, flags.height, flags.width).save(temporary, format="PNG")
-        caption = image_prompt(flags.prompt_template, record.reference_caption, record.target_caption)
-        lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False) + "\n")
+    with Progress(len(chosen), unit="pair") as progress:
+        for number, record in enumerate(chosen):
+            halves = [read_image(path) for path in (record.reference_image_path, record.target_image_path)]
+            name = f"images/{number}.png"
+            with atomic_path(Path(flags.out) / name, one_writer=True) as temporary:
+                side_by_side(halves, flags.height, flags.width).save(temporary, format="PNG")
+            caption = image_prompt(flags.prompt_template, record.reference_caption, record.target_caption)
+            lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False) + "\n")
+            progress.update()
     write_text(Path(flags.out) / CAPTIONS, "".join(lines))
     print(f"{Path(flags.out) / CAPTIONS}: {len(lines)} pairs")
     return 0

@@ -137,11 +137,11 @@ class _Stage:
         notes = {"server": client.server, "command": "fafa-syncpr quadruples", "shard": str(flags.shard)}
         begin_manifest(self.requests, self.settings, notes)
         begin_manifest(self.output, self.settings, notes)
-        places = _requests_for(self.wanted, flags.per_request)
-        seconds, asked = 0.0, 0
+        places = max(_requests_for(self.wanted, flags.per_request), self._places_answered())
+        seconds, asked, retries = 0.0, 0, 0
         for _ in range(_MOST_ROUNDS):
             outcome = llm.run(self._job(places), client, self.requests, tries=flags.tries, say=_say, unit="request")
-            asked, seconds = asked + outcome.done, seconds + outcome.seconds
+            asked, seconds, retries = asked + outcome.done, seconds + outcome.seconds, retries + outcome.retries
             kept = self._assemble(places, outcome.seconds)
             if kept >= self.wanted or outcome.interrupted is not None or outcome.refusal or outcome.failed:
                 break
@@ -149,7 +149,7 @@ class _Stage:
             client = self._client()
         print(
             f"{asked} requests answered in {seconds:.1f} s ({asked / max(seconds, 1e-9):.2f} per second, "
-            f"{outcome.retries} repeated, {outcome.rejected} without a usable answer, {outcome.failed} without an answer)"
+            f"{retries} repeated, {outcome.rejected} without a usable answer, {outcome.failed} without an answer)"
         )
         if outcome.refusal:
             raise InputError(outcome.refusal)
@@ -157,13 +157,21 @@ class _Stage:
             print("stopped; the same command goes on", file=sys.stderr)
             return outcome.interrupted
         if kept < self.wanted:
-            print(
-                f"{self.wanted - kept} quadruples are missing: run the same command again, or go on with those there are "
-                f"by --count {flags.count - (self.wanted - kept) * flags.shard.count}",
-                file=sys.stderr,
-            )
+            fewer = flags.count - (self.wanted - kept) * flags.shard.count
+            other = f", or go on with those there are by --count {fewer}" if fewer > 0 else ""
+            print(f"{self.wanted - kept} quadruples are missing: run the same command again{other}", file=sys.stderr)
             return 1
         return 0
+
+    def _places_answered(self) -> int:
+        """How far earlier runs came, those included that asked for more in place of what was dropped."""
+        from tbps_common.llm.journal import read_json_lines
+
+        if not self.requests.exists():
+            return 0
+        records = [record for _, record in read_json_lines(self.requests) if isinstance(record, dict)]
+        numbers = [record["request"] for record in records if type(record.get("request")) is int]
+        return 1 + max(numbers) // self.flags.shard.count if numbers else 0
 
     def _client(self) -> Any:
         from tbps_common.llm import ChatClient
@@ -197,7 +205,7 @@ class _Stage:
             return {"request": request, "quadruples": entries}
 
         def key(record: dict[str, Any]) -> Hashable | None:
-            return record.get("request")
+            return record["request"] if type(record.get("request")) is int else None
 
         return Job(
             items=[_request_number(flags.shard, place) for place in range(places)],
@@ -206,7 +214,7 @@ class _Stage:
             messages=lambda request: _messages(self.lists, flags, request),
             parse=parse,
             describe=lambda request: {"request": request},
-            order=lambda record: record["request"],
+            order=lambda record: record["request"] if type(record.get("request")) is int else -1,
         )
 
     def _assemble(self, places: int, seconds: float) -> int:

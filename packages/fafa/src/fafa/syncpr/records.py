@@ -1,6 +1,6 @@
 """The records that the stages hand to each other, read strictly."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from fafa.syncpr.answers import caption_key
 from fafa.syncpr.prompts import QUADRUPLE_KEYS
 from tbps_common.errors import DatasetError
-from tbps_common.stages import read_stage
+from tbps_common.stages import Shard, read_stage
 
 QUADRUPLES, REQUESTS, IMAGES, SCORES, VERDICTS, KEPT = "quadruples", "requests", "images", "scores", "vlm", "kept"
 DROPPED_SUFFIX = ".dropped.jsonl"
@@ -45,6 +45,24 @@ def pair_key(record: dict[str, Any]) -> Hashable:
     return record["quadruple_id"], record["variant"]
 
 
+def key_in(path: str | Path) -> Callable[[dict[str, Any]], Hashable]:
+    """`pair_key` for the lines of a file that people may have edited.
+
+    The function raises:
+        DatasetError: a line is no record of a picture.
+    """
+
+    def key(record: dict[str, Any]) -> Hashable:
+        if not _is_picture(record):
+            raise DatasetError(
+                f"{path}, or its list of drops, has a line without whole numbers quadruple_id and variant; mend or "
+                f"delete it: {str(record)[:200]}"
+            )
+        return pair_key(record)
+
+    return key
+
+
 def load_quadruples(folder: str | Path) -> tuple[dict[int, Quadruple], int]:
     """The quadruples of all shards by id, in the order of the ids; and how many repeat a caption of an earlier one.
 
@@ -66,6 +84,11 @@ def load_quadruples(folder: str | Path) -> tuple[dict[int, Quadruple], int]:
     return kept, len(found) - len(kept)
 
 
+def is_own(shard: Shard, quadruple: int) -> bool:
+    """Whether a quadruple is of a shard: decided by its id, so that those which come later move no other one."""
+    return quadruple % shard.count == shard.index - 1
+
+
 def load_pairs(folder: str | Path, stage: str) -> list[dict[str, Any]]:
     """The records of `images` or `kept`, of all shards, sorted by quadruple and variant.
 
@@ -75,13 +98,14 @@ def load_pairs(folder: str | Path, stage: str) -> list[dict[str, Any]]:
     records = read_stage(folder, stage)
     seen: set[Hashable] = set()
     for record in records:
-        numbers = [record.get(name) for name in ("quadruple_id", "variant")]
-        if not all(type(value) is int and value >= 0 for value in numbers):
+        if not _is_picture(record):
             raise DatasetError(
                 f"{folder}: a record of {stage}.jsonl has no whole numbers quadruple_id and variant: {record}"
             )
         if pair_key(record) in seen:
-            raise DatasetError(f"{folder}: {stage}.jsonl lists quadruple {numbers[0]}, variant {numbers[1]} twice")
+            raise DatasetError(
+                f"{folder}: {stage}.jsonl lists quadruple {record['quadruple_id']}, variant {record['variant']} twice"
+            )
         seen.add(pair_key(record))
         for side in ("left", "right"):
             _inside(record.get(side), folder, stage)
@@ -99,6 +123,11 @@ def _quadruple(record: dict[str, Any], folder: str | Path) -> Quadruple:
     return Quadruple(number, *map(str, texts))
 
 
+def _is_picture(record: dict[str, Any]) -> bool:
+    return all(type(record.get(name)) is int and record[name] >= 0 for name in ("quadruple_id", "variant"))
+
+
 def _inside(path: Any, folder: str | Path, stage: str) -> None:
-    if not isinstance(path, str) or not path or Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+    place = Path(path) if isinstance(path, str) else None
+    if place is None or not path or place.is_absolute() or ".." in place.parts or "\0" in path:
         raise DatasetError(f"{folder}: {stage}.jsonl names the picture {path!r}, which is no path inside the folder")

@@ -23,7 +23,7 @@ from mra.dad.work import digest, versions
 from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.datasets.processed import ProcessedTrain
 from tbps_common.device import device_sentence
-from tbps_common.distributed import Ranks, barrier
+from tbps_common.distributed import Ranks, barrier, broadcast_object
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.finite import FiniteLoss
@@ -136,18 +136,19 @@ class Alignment:
     def train(self) -> int:
         """Train to the end, or until interrupted; returns the exit status."""
         args, progress = self.args, self.progress
+        total = args.epochs * self.batches.batches_per_epoch
+        written = progress.steps >= total and broadcast_object(self._is_written())
         if self.ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log.open(self.out / "run.log", append=progress.steps > 0)
             write_text(self.out / LOG_NAME, "".join(f"{line}\n" for line in progress.log))
-            self._write_manifest(finished=progress.epoch >= args.epochs)
+            self._write_manifest(finished=written)
         count = sum(parameter.numel() for parameter in self.trained.values())
         precision = str(self.dtype).removeprefix("torch.")
         logger.info("%s; %d trained parameters", device_sentence(args.device, self.device, precision), count)
         per_step = args.batch_size * args.accumulate * self.ranks.world_size
-        total = args.epochs * self.batches.batches_per_epoch
         logger.info("%d steps of %d pairs, %d done", total, per_step, progress.steps)
-        if progress.steps >= total and (self.out / args.method).is_dir():
+        if written:
             logger.info("the training is finished: %s", self.out / args.method)
             return 0
         stop = AgreedStop(self.interruption, self.ranks)
@@ -275,6 +276,15 @@ class Alignment:
             "pairs_per_step": args.batch_size * args.accumulate * self.ranks.world_size,
             "pairs": digest(*data.captions, *data.image_paths),
         }
+
+    def _is_written(self) -> bool:
+        """Whether the weights of the state gone on from lie in `--out`, not those of a shorter run before."""
+        try:
+            manifest = json.loads((self.out / MANIFEST_NAME).read_text(encoding="utf-8"))
+            same = manifest["finished"] is True and manifest["steps"] == self.progress.steps > 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return same and (self.out / self.args.method).is_dir()
 
     def _write_manifest(self, *, finished: bool) -> None:
         progress = self.progress

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mra.dad.work import CAPTIONED, FILTERED, Process, read_input, require_images, require_model, run
+from mra.dad.work import (
+    CAPTIONED,
+    FILTERED,
+    Process,
+    read_input,
+    require_images,
+    require_model,
+    run,
+    with_pictures,
+)
 from tbps_common.stages import Dropped, Record
 
 NO_WORDS = "empty caption"
@@ -18,8 +27,9 @@ def main(args: argparse.Namespace) -> int:
         InputError: the stage before is not finished, pictures are missing, or the model cannot be used.
     """
     require_model("--model", args.model)
-    records, source = read_input(args, FILTERED)
-    require_images(args, args.shard.of(records))
+    records, source = read_input(Path(args.work), FILTERED)
+    records = args.shard.of(records)  # the others need not stay in memory
+    require_images(args, records)
     names = ("model", "prompt", "max_tokens", "beams", "precision")
     settings = {**{name: getattr(args, name) for name in names}, "input": source}
     return run(args, CAPTIONED, records, settings, lambda: _build(args))
@@ -31,7 +41,6 @@ def _build(args: argparse.Namespace) -> Process:
 
     from mra.dad.models import choose_dtype, load, quiet
     from tbps_common.device import choose_device
-    from tbps_common.images import read_image
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device, on_gpu="fp16")
@@ -45,8 +54,7 @@ def _build(args: argparse.Namespace) -> Process:
     model.to(device).eval()
 
     @torch.inference_mode()
-    def describe(batch: list[Record]) -> Sequence[Record | Dropped]:
-        pictures = [read_image(Path(args.images) / record["image"]) for record in batch]
+    def describe(batch: list[Record], pictures: list[Any]) -> Sequence[Record | Dropped]:
         inputs = processor(images=pictures, text=[args.prompt] * len(batch), return_tensors="pt").to(device, dtype)
         tokens = model.generate(**inputs, max_new_tokens=args.max_tokens, num_beams=args.beams, do_sample=False)
         texts = processor.batch_decode(tokens, skip_special_tokens=True)
@@ -55,7 +63,7 @@ def _build(args: argparse.Namespace) -> Process:
             for record, caption in zip(batch, (clean(text, args.prompt) for text in texts))
         ]
 
-    return describe
+    return with_pictures(args.images, describe)
 
 
 def clean(text: str, prompt: str) -> str:

@@ -1,7 +1,6 @@
 """`mra-dad filter`: drop greyscale pictures and malformed persons, and say what share that is."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,19 @@ from mra.dad.work import (
     FILTERED,
     GENERATED,
     Process,
+    manifests,
     read_input,
     require_images,
     require_model,
     run,
+    with_pictures,
 )
-from tbps_common.stages import Dropped, Record, manifest_path
+from tbps_common.stages import Dropped, Record
 
 PUBLISHED_SHARE = 10.63
 """Of 1,362,520 pictures, in percent (paper)."""
 
 NO_POSE_MODEL = "none"
-UNREADABLE = "cannot be read"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,20 +32,23 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.pose_model != NO_POSE_MODEL:
         require_model("--pose_model", args.pose_model)
-    records, source = read_input(args, GENERATED)
-    require_images(args, args.shard.of(records))
+    records, source = read_input(Path(args.work), GENERATED)
+    records = args.shard.of(records)  # the others need not stay in memory
+    require_images(args, records)
     names = ("min_chroma", "min_chroma_spread", "pose_model", "keypoint_score", "min_keypoints", "min_extent")
     settings = {**{name: getattr(args, name) for name in (*names, "any_order", "precision")}, "input": source}
     status = run(args, FILTERED, records, settings, lambda: _build(args))
-    print(share_sentence(args.shard.file(args.work, FILTERED)))
+    print(share_sentence(Path(args.work)))
     return status
 
 
-def share_sentence(output: Path) -> str:
-    """What share of the pictures the filter removed, beside the published one."""
-    manifest = json.loads(manifest_path(output).read_text(encoding="utf-8"))
-    removed = sum(manifest["dropped"].values())
-    judged = removed + manifest["kept"]
+def share_sentence(work: Path) -> str:
+    """What share of the pictures the filter removed, in all shards that have come so far, beside the published one."""
+    removed = judged = 0
+    for manifest in manifests(work, FILTERED):
+        dropped = sum(manifest.get("dropped", {}).values())
+        removed += dropped
+        judged += dropped + manifest.get("kept", 0)
     share = 100 * removed / judged if judged else 0.0
     return f"{removed} of {judged} pictures removed: {share:.2f} % (SDA: {PUBLISHED_SHARE} %)"
 
@@ -53,20 +56,13 @@ def share_sentence(output: Path) -> str:
 def _build(args: argparse.Namespace) -> Process:
     from mra.dad.quality import chroma, judge_colour, judge_pose
     from tbps_common.device import choose_device
-    from tbps_common.errors import DatasetError
-    from tbps_common.images import read_image
 
     estimate = None if args.pose_model == NO_POSE_MODEL else pose_estimator(args, choose_device(args.device))
 
-    def judge(batch: list[Record]) -> Sequence[Record | Dropped]:
+    def judge(batch: list[Record], pictures: list[Any]) -> Sequence[Record | Dropped]:
         results: list[Record | Dropped | None] = []
         colourful: list[tuple[int, Any]] = []
-        for place, record in enumerate(batch):
-            try:
-                picture = read_image(Path(args.images) / record["image"])
-            except DatasetError:
-                results.append(Dropped(UNREADABLE))
-                continue
+        for place, picture in enumerate(pictures):
             measured = chroma(picture)
             reason = judge_colour(measured, args.min_chroma, args.min_chroma_spread)
             values = {"chroma": round(measured.mean, 2), "chroma_spread": round(measured.spread, 2)}
@@ -91,7 +87,7 @@ def _build(args: argparse.Namespace) -> Process:
                 results[place] = Dropped(reason, {"keypoints": count})
         return [record if result is None else result for record, result in zip(batch, results)]
 
-    return judge
+    return with_pictures(args.images, judge)
 
 
 def pose_estimator(args: argparse.Namespace, device: Any) -> Callable[[list[Any]], list[tuple[Any, Any]]]:

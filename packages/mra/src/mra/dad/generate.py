@@ -1,6 +1,7 @@
 """`mra-dad generate`: pictures of every training caption, each from a noise of its own."""
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ def main(args: argparse.Namespace) -> int:
     synonyms = SynonymTable(read_synonyms(args.synonyms)) if args.synonyms else None
     if synonyms is None and args.variants > 1:
         require_wordnet()
+    pictures = [(index, variant) for index in range(len(captions)) for variant in range(args.variants)]
     records = [
         {"image": image_name(index, variant), "index": index, "variant": variant}
-        for index in range(len(captions))
-        for variant in range(args.variants)
+        for index, variant in args.shard.of(pictures)
     ]
     _refuse_strange_pictures(args)
     with_words = _Prompts(captions, args, synonyms)
@@ -73,7 +74,21 @@ def settings_of(args: argparse.Namespace, captions: list[str]) -> Record:
     """What the pictures depend on."""
     names = ("model", "controlnet", "lora", "height", "width", "variants", "steps", "guidance", "control_scale")
     more = ("negative_prompt", "scheduler", "seed", "quality", "precision", "synonyms")
-    return {**{name: getattr(args, name) for name in (*names, *more)}, "captions": digest(*captions)}
+    # A model that is fine-tuned further keeps its folder's name.
+    weights = _digest_of_weights(args.controlnet or args.lora)
+    settings = {name: getattr(args, name) for name in (*names, *more)}
+    return {**settings, "captions": digest(*captions), "adapter_weights": weights}
+
+
+def _digest_of_weights(name: str | None) -> str | None:
+    """Of the weights in a folder; None for a hub id, and where there is no adapter."""
+    if name is None or not Path(name).is_dir():
+        return None
+    joined = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            joined.update(hashlib.file_digest(file, "sha256").digest())
+    return joined.hexdigest()[:16]
 
 
 class _Prompts:
@@ -110,12 +125,21 @@ def _build(args: argparse.Namespace, prompt_of: _Prompts) -> Process:
             if picture is None:
                 results.append(Dropped(NOT_FINITE, {"prompt": prompt}))
                 continue
-            with atomic_path(Path(args.images) / record["image"]) as temporary:
-                picture.save(temporary, format="JPEG", quality=args.quality)
+            write_picture(picture, Path(args.images) / record["image"], args.quality)
             results.append({**record, "prompt": prompt})
         return results
 
     return process
+
+
+def write_picture(picture: Any, path: Path, quality: int) -> None:
+    """Write a JPEG file, whole or not at all. Only one run makes a picture: its folder holds 100,000 of them.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; no part of the file is left.
+    """
+    with atomic_path(path, one_writer=True) as temporary:
+        picture.save(temporary, format="JPEG", quality=quality)
 
 
 def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
@@ -144,7 +168,7 @@ def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
             lambda: diffusers.AutoPipelineForText2Image.from_pretrained(args.model, **common, **more),
         )
         if args.lora:
-            load("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora))
+            load("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora, use_safetensors=True))
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would put black pictures in the place of some; the next stage filters
     if args.controlnet:

@@ -153,7 +153,9 @@ def _filter(parser: argparse.ArgumentParser) -> None:
         "--min_extent", type=number(0, 1), default=0.4, help="least height of the key points, as a share of the picture"
     )
     group.add_argument(
-        "--any_order", action="store_true", help="keep persons whose head, hips and ankles are not in this order"
+        "--any_order",
+        action="store_true",
+        help="keep persons whose head, shoulders, hips and ankles are not in this order",
     )
     _add_stage(parser, batch_size=32)
 

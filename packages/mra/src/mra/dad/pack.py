@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 from mra.dad.naming import annotation_name, caption_range, ranges
-from mra.dad.work import REGIONS, digest, image_of, picture_order
-from tbps_common.errors import DatasetError, InputError
+from mra.dad.work import REGIONS, digest, image_of, read_input
+from tbps_common.errors import InputError
 from tbps_common.files import write_json, write_text
-from tbps_common.stages import Record, read_stage
+from tbps_common.stages import Record
 
 MANIFEST_NAME = "sda.manifest.json"
 FIELDS = ("image", "boxes", "logits", "phrases", "caption", "image_id")
@@ -25,13 +25,11 @@ def pack(work: Path, sda: Path) -> None:
         sda: folder of the JSON files.
 
     Raises:
-        DatasetError: a shard is missing or unfinished, or nothing is left.
+        DatasetError: a shard is missing, unfinished or made with other settings, or nothing is left.
         InputError: `sda` holds files that are not from this folder, such as the released ones.
     """
     earlier = _own_files(work, sda)
-    records = sorted(read_stage(work, REGIONS), key=picture_order)
-    if not records:
-        raise DatasetError(f"{work}: no picture is left after all stages; see the .dropped.jsonl files there")
+    records, _ = read_input(work, REGIONS, "boxes", "logits", "phrases", "caption")
     by_range: dict[tuple[int, int], list[Record]] = {
         bounds: [] for bounds in ranges(max(record["index"] for record in records) + 1)
     }

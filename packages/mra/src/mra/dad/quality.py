@@ -18,7 +18,7 @@ ANKLES = (15, 16)
 GREYSCALE = "greyscale"
 FEW_KEYPOINTS = "few key points"
 SMALL_PERSON = "key points span too little"
-WRONG_ORDER = "head, hips and ankles out of order"
+WRONG_ORDER = "head, shoulders, hips and ankles out of order"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def judge_pose(
         min_score: from which a key point counts.
         min_count: fewest that count.
         min_extent: least vertical extent of those that count, as a share of the picture.
-        any_order: do not require head above hips above ankles. (Parts without a key point that counts are left out.)
+        any_order: do not require head above shoulders above hips above ankles. (Parts without a key point that counts
+            are left out.)
     """
     sure = scores >= min_score
     if int(sure.sum()) < min_count:

@@ -9,7 +9,16 @@ from typing import Any
 
 from mra.dad.boxes import filter_boxes
 from mra.dad.pack import pack
-from mra.dad.work import CAPTIONED, REGIONS, Process, read_input, require_images, require_model, run
+from mra.dad.work import (
+    CAPTIONED,
+    REGIONS,
+    Process,
+    read_input,
+    require_images,
+    require_model,
+    run,
+    with_pictures,
+)
 from tbps_common.errors import InputError
 from tbps_common.stages import Dropped, Record
 
@@ -26,8 +35,9 @@ def main(args: argparse.Namespace) -> int:
         pack(Path(args.work), Path(args.sda))
         return 0
     require_model("--model", args.model)
-    records, source = read_input(args, CAPTIONED)
-    require_images(args, args.shard.of(records))
+    records, source = read_input(Path(args.work), CAPTIONED, "caption")
+    records = args.shard.of(records)  # the others need not stay in memory
+    require_images(args, records)
     names = ("model", "box_threshold", "text_threshold", "min_side", "overlap", "precision")
     settings = {**{name: getattr(args, name) for name in names}, "input": source}
     status = run(args, REGIONS, records, settings, lambda: _build(args))
@@ -42,7 +52,6 @@ def _build(args: argparse.Namespace) -> Process:
 
     from mra.dad.models import choose_dtype, load, quiet
     from tbps_common.device import choose_device
-    from tbps_common.images import read_image
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device, on_gpu="fp32")
@@ -59,8 +68,7 @@ def _build(args: argparse.Namespace) -> Process:
     longest = getattr(model.config, "max_text_len", processor.tokenizer.model_max_length)
 
     @torch.inference_mode()
-    def detect(batch: list[Record]) -> Sequence[Record | Dropped]:
-        pictures = [read_image(Path(args.images) / record["image"]) for record in batch]
+    def detect(batch: list[Record], pictures: list[Any]) -> Sequence[Record | Dropped]:
         texts = [grounding_text(record["caption"]) for record in batch]
         inputs = processor(
             images=pictures, text=texts, return_tensors="pt", padding=True, truncation=True, max_length=longest
@@ -85,7 +93,7 @@ def _build(args: argparse.Namespace) -> Process:
             results.append({**record, **kept, "removed": dict(Counter(removed))})
         return results
 
-    return detect
+    return with_pictures(args.images, detect)
 
 
 def grounding_text(caption: str) -> str:
@@ -94,8 +102,8 @@ def grounding_text(caption: str) -> str:
 
 
 def clean_phrase(phrase: str, special: set[str]) -> str:
-    """A phrase without the marks that end a sentence: the post-processing keeps [SEP] and full stops of the text."""
-    words = [word for word in phrase.split() if word not in special]
+    """A phrase without the marks of the tokenizer: the post-processing keeps [SEP], full stops and the ## of word parts."""
+    words = [word.removeprefix("##") for word in phrase.split() if word not in special]
     return " ".join(words).strip(" .,;:")
 
 

@@ -9,18 +9,22 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tbps_common.errors import DatasetError, InputError
-from tbps_common.images import check_images_exist
+from PIL.Image import Image
+
+from tbps_common.errors import DatasetError, ImageError, InputError
+from tbps_common.images import check_images_exist, read_image
 from tbps_common.stages import Dropped, Record, manifest_path, read_stage, run_stage
 
 # Output of each stage, and the stage whose output it reads.
 GENERATED, FILTERED, CAPTIONED, REGIONS = "generated", "filtered", "captioned", "regions"
 MADE_BY = {GENERATED: "generate", FILTERED: "filter", CAPTIONED: "caption", REGIONS: "regions"}
 
-EXTRA = "pip install 'mra[dad]'"
+EXTRA = "pip install 'packages/mra[dad]'  from the root of the checkout"
+UNREADABLE = "cannot be read"
 _LIBRARIES = ("diffusers", "peft", "torch", "transformers")
 
 Process = Callable[[list[Record]], Sequence[Record | Dropped]]
+PictureProcess = Callable[[list[Record], list[Image]], Sequence[Record | Dropped]]
 
 
 def image_of(record: Record) -> str:
@@ -62,13 +66,17 @@ def require_model(flag: str, name: str) -> None:
         raise InputError(f"{flag} {name} is no folder: check the path, or give a hub id such as owner/name")
 
 
-def read_input(args: argparse.Namespace, stem: str) -> tuple[list[Record], str]:
-    """All records of the stage before, in order, and a digest of how they were made.
+def read_input(folder: Path, stem: str, *fields: str) -> tuple[list[Record], str]:
+    """All records of a stage, in order of caption and variant, and a digest of how they were made.
+
+    Args:
+        folder: `--work`.
+        stem: of the stage.
+        fields: what its records must hold, beside image, index and variant.
 
     Raises:
-        DatasetError: the stage before is not finished, or its shards were made with different settings.
+        DatasetError: the stage is not finished, its shards were made with different settings, or a record is not its.
     """
-    folder = Path(args.work)
     command = f"mra-dad {MADE_BY[stem]} --work {folder}"
     if not any(folder.glob(f"{stem}*.jsonl")):
         raise DatasetError(f"{folder} holds no {stem}.jsonl: run {command} first, or check --work")
@@ -82,6 +90,11 @@ def read_input(args: argparse.Namespace, stem: str) -> tuple[list[Record], str]:
         raise DatasetError(
             f"{folder}/{stem}*.jsonl holds records without image, index or variant ({error}): run {command} again"
         ) from error
+    for record in records:
+        if absent := [name for name in fields if name not in record]:
+            raise DatasetError(
+                f"{folder}/{stem}*.jsonl: the record of {image_of(record)} has no {absent[0]}: run {command} again"
+            )
     _require_safe(keys, f"{folder}/{stem}*.jsonl")
     return records, _digest_of_stage(folder, stem)
 
@@ -92,18 +105,29 @@ def _require_safe(images: list[str], file: str) -> None:
             raise DatasetError(f"{file} names the image {image!r}, which does not lie below --images: correct it")
 
 
-def _digest_of_stage(folder: Path, stem: str) -> str:
-    settings = set()
-    for path in folder.glob(f"{stem}*.jsonl.manifest.json"):
+def manifests(folder: Path, stem: str) -> list[Record]:
+    """Of a stage's output: one, or one per shard that has been begun.
+
+    Raises:
+        DatasetError: one of them is damaged.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{stem}*.jsonl.manifest.json")):
+        if not path.with_name(path.name.removesuffix(".manifest.json")).exists():
+            continue  # of a division of the work that was given up
         try:
-            settings.add(json.dumps(json.loads(path.read_text(encoding="utf-8"))["settings"], sort_keys=True))
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"{path} is damaged: run mra-dad {MADE_BY[stem]} again") from error
-    if len(settings) > 1:
-        raise DatasetError(
-            f"{folder}: the shards of {stem} were made with different settings: make them again with the same flags"
-        )
-    return digest("".join(settings))
+        found.append(manifest)
+    return found
+
+
+def _digest_of_stage(folder: Path, stem: str) -> str:
+    # `read_stage` has seen that all shards have the same settings.
+    settings = {json.dumps(manifest["settings"], sort_keys=True) for manifest in manifests(folder, stem)}
+    return digest(*sorted(settings))
 
 
 def digest(*texts: str) -> str:
@@ -124,10 +148,33 @@ def require_images(args: argparse.Namespace, records: list[Record]) -> None:
     check_images_exist(paths, args.images, flag="--images")
 
 
+def with_pictures(images: str, process: PictureProcess) -> Process:
+    """`process` of the records whose pictures can be read, and those pictures; the other records are dropped.
+
+    Args:
+        images: folder that the records' names start from.
+        process: a batch of records and their pictures -> a result for each, in order; never called with none.
+    """
+
+    def run_batch(batch: list[Record]) -> Sequence[Record | Dropped]:
+        pictures: list[Image | None] = []
+        for record in batch:
+            try:
+                pictures.append(read_image(os.path.join(images, image_of(record))))
+            except ImageError:
+                pictures.append(None)
+        records = [record for record, picture in zip(batch, pictures) if picture is not None]
+        readable = [picture for picture in pictures if picture is not None]
+        results = iter(process(records, readable) if records else ())
+        return [Dropped(UNREADABLE) if picture is None else next(results) for picture in pictures]
+
+    return run_batch
+
+
 def run(
     args: argparse.Namespace,
     stem: str,
-    records: list[Record],
+    items: list[Record],
     settings: Record,
     build: Callable[[], Process],
     *,
@@ -138,7 +185,7 @@ def run(
     Args:
         args: flags of the subcommand.
         stem: of the output.
-        records: of all shards.
+        items: records of this shard.
         settings: what the results depend on.
         build: loads the models and returns what turns a batch into results.
         unit: of the progress bar.
@@ -151,7 +198,6 @@ def run(
     """
     output = args.shard.file(args.work, stem)
     _refuse_other_sharding(args, stem)
-    items = args.shard.of(records)
     process: Process = _nothing_to_do if _is_finished(output, settings, len(items)) else build()
     notes = {"batch_size": args.batch_size, "device": args.device, "libraries": versions()}
     outcome = run_stage(

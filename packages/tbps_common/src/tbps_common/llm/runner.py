@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from tbps_common.llm.client import BadReply, ChatClient, Message, RequestFailed, ServerRefusal, Stopped
 from tbps_common.llm.journal import Journal, Record
+from tbps_common.progress import Progress
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -216,7 +217,7 @@ def run(
         try:
             started = time.perf_counter()
             with Interruption() as interruption:
-                attempt = _Attempt(job, client, journal, sides, outcome, tries, give_up_after, settled, unit)
+                attempt = _Attempt(job, client, journal, sides, outcome, tries, give_up_after, settled, say, unit)
                 asyncio.run(attempt.drive(waiting, lambda: interruption.requested))
                 if interruption.requested and outcome.missing:
                     outcome.interrupted = interruption.exit_status
@@ -270,23 +271,23 @@ class _Attempt(Generic[Item]):
         tries: int,
         give_up_after: int,
         settled: Callable[[Item, Fate], None] | None,
+        say: Callable[[str], None],
         unit: str,
     ) -> None:
         self.job, self.client, self.journal, self.sides, self.outcome = job, client, journal, sides, outcome
         self.tries, self.give_up_after, self.settled = tries, give_up_after, settled
-        self.unit = unit
+        self.say, self.unit = say, unit
         self.failures_in_a_row = 0
 
     async def drive(self, waiting: Sequence[Item], stop: Callable[[], bool]) -> None:
         """Run the workers to their end, or until `stop` or a refusal."""
-        from tqdm import tqdm
-
         if not waiting:
             return
+        with Progress(self.outcome.items, initial=self.outcome.kept, unit=self.unit, say=self.say) as progress:
+            await self._drive(waiting, stop, progress)
+
+    async def _drive(self, waiting: Sequence[Item], stop: Callable[[], bool], progress: Progress) -> None:
         items = iter(waiting)
-        progress = tqdm(
-            total=self.outcome.items, initial=self.outcome.kept, unit=self.unit, dynamic_ncols=True, disable=None
-        )
         async with self.client:
             count = min(len(waiting), self.client.concurrency * self.job.open_per_place)
             running = {asyncio.create_task(self._work(items, progress)) for _ in range(count)}
@@ -307,9 +308,8 @@ class _Attempt(Generic[Item]):
                 for task in running:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
-                progress.close()
 
-    async def _work(self, items: Iterator[Item], progress: Any) -> None:
+    async def _work(self, items: Iterator[Item], progress: Progress) -> None:
         for item in items:
             if self.client.stopping:
                 return
@@ -323,9 +323,11 @@ class _Attempt(Generic[Item]):
             self._note(fate, entry)
             if self.settled is not None:
                 self.settled(item, fate)
-            progress.update(fate == "done")
-            progress.set_postfix(
-                retries=self.client.retries, rejected=self.outcome.rejected, failed=self.outcome.failed, refresh=False
+            progress.update(
+                int(fate == "done"),
+                retries=self.client.retries,
+                rejected=self.outcome.rejected,
+                failed=self.outcome.failed,
             )
 
     async def _settle(self, item: Item) -> tuple[Fate, Record]:
