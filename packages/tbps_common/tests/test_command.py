@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,20 @@ def test_an_unexpected_error_is_one_line_and_status_1(capsys: pytest.CaptureFixt
     assert failing(ZeroDivisionError("division by zero\nsecond line"))([]) == 1
     err = capsys.readouterr().err
     assert err == "error: ZeroDivisionError: division by zero (run again with --debug for the traceback)\n"
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("in the way", encoding="utf-8")
+
+    @command
+    def make(argv: list[str]) -> int:
+        Path(argv[0]).mkdir(parents=True, exist_ok=True)
+        return 0
+
+    for name in ("out", "out/run"):
+        assert make([str(tmp_path / name)]) == 1
+        message = capsys.readouterr().err
+        assert str(tmp_path / "out") in message and "a file stands where a folder is needed" in message
 
 
 def test_interruption_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,5 +76,7 @@ def _os_error_sentence(error: OSError) -> str:
         errno.EFBIG: "; the file-size limit is reached: raise it (ulimit -f) and run the command again",
         errno.EROFS: "; choose an output folder that can be written",
         errno.EACCES: "; check the permissions of that path",
+        errno.EEXIST: "; a file stands where a folder is needed: name another folder",
+        errno.ENOTDIR: "; a file stands where a folder is needed: name another folder",
     }.get(error.errno or 0, "")
     return f"{reason}{where}{remedy}"
