@@ -145,6 +145,7 @@ def training_step(args: argparse.Namespace) -> list[Row]:
             "form": "every slot encoded",
         },
         {"what": "loss of the first step", "ours": losses["ours"], "other": losses["direct"], "form": "direct form"},
+        *memory_row(args, "training step", step, direct_step, "direct form"),
     ]
 
 
@@ -182,19 +183,26 @@ def capture_cost(args: argparse.Namespace) -> list[Row]:
     steps = torch.full((args.batch_size,), 500, device=args.device)
     text = torch.randn(args.batch_size, 77, model.text_encoder.config.hidden_size, device=args.device)
 
+    cast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
     def captured() -> None:
-        with capture.recording() as maps:
+        with capture.recording() as maps, cast:
             found = model.unet(latents, steps, text).sample
         (found.square().mean() + sum(probabilities[:, :, 1].mean() for probabilities in maps.values())).backward()
         model.unet.zero_grad()
 
     def fused() -> None:
-        model.unet(latents, steps, text).sample.square().mean().backward()
+        with cast:
+            found = model.unet(latents, steps, text).sample
+        found.square().mean().backward()
         model.unet.zero_grad()
 
     captured_ms, fused_ms = fastest(args, captured, fused)
     form = "fused kernel, nothing captured"
-    return [{"what": "U-Net step, attention captured, ms", "ours": captured_ms, "other": fused_ms, "form": form}]
+    return [
+        {"what": "U-Net step, attention captured, ms", "ours": captured_ms, "other": fused_ms, "form": form},
+        *memory_row(args, "U-Net step, attention captured", captured, fused, form),
+    ]
 
 
 def annotation(args: argparse.Namespace) -> list[Row]:
@@ -338,6 +346,25 @@ def fastest(args: argparse.Namespace, *forms: Callable[[], None]) -> list[float]
             if repeat:
                 best[place] = min(best[place], (clock() - began) * 1e3)
     return best
+
+
+def memory_row(
+    args: argparse.Namespace, what: str, ours: Callable[[], None], other: Callable[[], None], form: str
+) -> list[Row]:
+    """MiB that both forms need on the GPU at their peak, beyond what is there before (weights, optimizer state)."""
+    import torch
+
+    if args.device != "cuda":
+        return []
+    peaks = []
+    for run in (ours, other):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+    return [{"what": f"{what}, peak MiB", "ours": peaks[0], "other": peaks[1], "form": form}]
 
 
 if __name__ == "__main__":
