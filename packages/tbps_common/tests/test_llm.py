@@ -60,8 +60,8 @@ def steady() -> Iterator[FaultyServer]:
 
 def test_every_item_once_and_in_order_despite_mixed_faults(tmp_path: Path) -> None:
     output = tmp_path / "new" / "out.jsonl"
-    with FaultyServer(echo, share=0.2, hang=0.6, retry_after="0.1", seed=3) as server:
-        outcome = run(number_job(200), client(server.url, timeout=0.5), output, tries=5)
+    with FaultyServer(echo, share=0.2, hang=2.5, retry_after="0.1", seed=3) as server:
+        outcome = run(number_job(200), client(server.url, timeout=2), output, tries=5)
     assert outcome.exit_status == 0 and outcome.done == 200
     assert lines(output) == [{"id": n, "answer": f"answer to question {n}"} for n in range(200)]
     assert len(server.met) == 7 and server.requests == 200 + server.met.total()
@@ -135,8 +135,8 @@ def test_an_item_that_changes_from_rejected_to_failed_stands_in_one_side_file(tm
 
 @pytest.mark.parametrize("fault", ["rate_limit", "server_error", "reset", "hang"])
 def test_passing_failures_are_repeated_as_often_as_allowed(fault: str, tmp_path: Path) -> None:
-    with FaultyServer(echo, share=1.0, faults=(fault,), hang=0.5, retry_after="0.05") as server:
-        outcome = run(number_job(1), client(server.url, max_retries=2, timeout=0.2), tmp_path / "out.jsonl")
+    with FaultyServer(echo, share=1.0, faults=(fault,), hang=1.5, retry_after="0.05") as server:
+        outcome = run(number_job(1), client(server.url, max_retries=2, timeout=1), tmp_path / "out.jsonl")
     assert server.requests == 3 and outcome.retries == 2 and outcome.failed == 1
     (entry,) = lines(tmp_path / "out.jsonl.failed.jsonl")
     assert entry["requests"] == 3 and "no retry is left" in entry["reason"]
@@ -340,8 +340,8 @@ def test_a_conversation_goes_on_from_the_answers_before(tmp_path: Path) -> None:
     job = number_job(30)
     common = {name: getattr(job, name) for name in ("items", "keys", "record_key", "describe", "order")}
     talks = Conversations(**common, converse=converse)
-    with FaultyServer(answer, share=0.2, hang=0.6, retry_after="0.05", seed=5) as server:
-        outcome = run(talks, client(server.url, timeout=0.5), tmp_path / "out.jsonl", tries=6)
+    with FaultyServer(answer, share=0.2, hang=2.5, retry_after="0.05", seed=5) as server:
+        outcome = run(talks, client(server.url, timeout=2), tmp_path / "out.jsonl", tries=6)
         assert outcome.done == 30 and server.requests == 30 * 4 + server.met.total()
         asked = server.requests
         assert run(talks, client(server.url), tmp_path / "out.jsonl").kept == 30 and server.requests == asked

@@ -191,8 +191,8 @@ def test_duplicates_across_shards_are_left_out_by_the_reader(tmp_path: Path) -> 
 def test_a_faulty_server_costs_time_but_no_quadruple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     monkeypatch.setattr("tbps_common.llm.client._FIRST_PAUSE", 0.01)
-    with FaultyServer(answer, share=0.3, hang=0.3, retry_after="0.01", seed=3) as server:
-        flags = ["--base-url", server.url, "--count", "120", "--per-request", "1", "--timeout", "0.2", "--tries", "9"]
+    with FaultyServer(answer, share=0.3, hang=1.3, retry_after="0.01", seed=3) as server:
+        flags = ["--base-url", server.url, "--count", "120", "--per-request", "1", "--timeout", "1", "--tries", "9"]
         assert syncpr_main(["quadruples", "--out", str(tmp_path), *flags]) == 0
         assert len(server.met) >= 5
     assert [record["id"] for record in lines(tmp_path / "quadruples.jsonl")] == list(range(120))

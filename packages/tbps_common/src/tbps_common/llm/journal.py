@@ -136,17 +136,17 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Record | st
     lines: list[tuple[int, Record | str]] = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n")):
         if line.strip():
-            problem = _problem(line)
-            lines.append((number, problem if problem is not None else json.loads(line)))
+            lines.append((number, _parse(line)))
     return lines
 
 
 def _decode(line: bytes) -> Record | None:
-    return json.loads(line) if _problem(line) is None else None
+    value = _parse(line)
+    return None if isinstance(value, str) else value
 
 
-def _problem(line: bytes) -> str | None:
-    """Why a line is no JSON object that could be written again."""
+def _parse(line: bytes) -> Record | str:
+    """The object of a line, or why it is no JSON object that could be written again."""
     try:
         text = line.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -162,7 +162,7 @@ def _problem(line: bytes) -> str | None:
         return "its values are nested too deeply"
     except ValueError as error:
         return f"it is not valid JSON ({str(error)[:100]})"
-    return None
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
