@@ -53,28 +53,13 @@ def test_two_processes_train_resume_and_write_one_run(
     assert only_run(tmp_path) == run
 
 
-def test_one_failing_process_ends_the_job(tmp_path: Path, train_flags: Callable[..., list[str]]) -> None:
+def test_one_failing_process_ends_the_job(
+    tmp_path: Path, train_flags: Callable[..., list[str]], second_process_raises: dict[str, str]
+) -> None:
     """Process 1 raises in its second step; the other one sits in a collective that will never end."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'cmlfa.training.run' and os.environ.get('RANK') == '1':\n"
-        "            sys.meta_path.remove(self)\n"
-        "            from cmlfa.training import loop\n"
-        "            step, calls = loop.Step.__call__, []\n"
-        "            def fail(self, batch):\n"
-        "                calls.append(1)\n"
-        "                if len(calls) == 2: raise RuntimeError('rank one is lost')\n"
-        "                return step(self, batch)\n"
-        "            loop.Step.__call__ = fail\n"
-        "        return None\n"
-        "sys.meta_path.insert(0, Finder())\n",
-        encoding="utf-8",
-    )
     began = time.monotonic()
     flags = train_flags(tmp_path / "logs", "--batch_size", "4", "--num_epoch", "1000")
-    done = torchrun(flags, PYTHONPATH=str(tmp_path))
+    done = torchrun(flags, PYTHONPATH=second_process_raises["PYTHONPATH"])
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "rank one is lost" in done.stderr

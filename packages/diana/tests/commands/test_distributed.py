@@ -89,27 +89,13 @@ def _log(folder: Path) -> list[str]:
 
 
 @slow
-def test_one_failing_process_ends_the_job(script_environment: dict[str, str], sizes: list[str], tmp_path: Path) -> None:
+def test_one_failing_process_ends_the_job(
+    script_environment: dict[str, str], sizes: list[str], tmp_path: Path, second_process_raises: dict[str, str]
+) -> None:
     """Process 1 raises in its second step; the other one sits in a collective that will never end."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'diana.training.callbacks' and os.environ.get('RANK') == '1':\n"
-        "            sys.meta_path.remove(self)\n"
-        "            from diana.training.trainer import DianaTrainer\n"
-        "            compute, calls = DianaTrainer.compute_loss, []\n"
-        "            def fail(self, *args, **kwargs):\n"
-        "                calls.append(1)\n"
-        "                if len(calls) == 2: raise RuntimeError('rank one is lost')\n"
-        "                return compute(self, *args, **kwargs)\n"
-        "            DianaTrainer.compute_loss = fail\n"
-        "        return None\n"
-        "sys.meta_path.insert(0, Finder())\n",
-        encoding="utf-8",
-    )
     began = time.monotonic()
-    environment = {**script_environment, "PYTHONPATH": str(tmp_path), "CPU_PROCESSES": "2", "MASTER_PORT": "34918"}
+    environment = {**script_environment, "CPU_PROCESSES": "2", "MASTER_PORT": "34918"}
+    environment["PYTHONPATH"] = second_process_raises["PYTHONPATH"]
     done = run_script("pretrain.sh", environment, *sizes, OUTPUT_DIR=str(tmp_path / "out"))
     assert done.returncode != 0
     assert "Traceback" in done.stderr

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diana.losses import build_targets, compute_itc, compute_sdm, gather_rows
 NO_FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def half_of_the_batch(rank: int, model: Any, inputs: dict[str, torch.Tensor], folder: Path) -> None:
+def half_of_the_batch(rank: int, folder: Path, model: Any, inputs: dict[str, torch.Tensor]) -> None:
     """One of two processes: rank r takes half r; rank 0 writes all losses and the norms of the mean gradients."""
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -37,10 +38,11 @@ def half_of_the_batch(rank: int, model: Any, inputs: dict[str, torch.Tensor], fo
     dist.destroy_process_group()
 
 
-def on_two_ranks(folder: Path, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def on_two_ranks(folder: Path, of_rank: Callable[..., None], *arguments: Any) -> Any:
+    """Run `of_rank(rank, folder, *arguments)` in two processes; returns what rank 0 has written to out.json."""
     # Forked, because every fresh interpreter would spend seconds on importing transformers.
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=half_of_the_batch, args=(rank, model, inputs, folder)) for rank in range(2)]
+    children = [context.Process(target=of_rank, args=(rank, folder, *arguments)) for rank in range(2)]
     for child in children:
         child.start()
     for child in children:
@@ -60,7 +62,7 @@ def test_two_processes_match_the_released_code_and_one_process(
     single = golden((case.folder / case.case["config_from"]).resolve().parent.name)
     model = golden_model(single)
     inputs = {name: value[: case.case["batch"]] for name, value in single.tensors("inputs.safetensors").items()}
-    found = on_two_ranks(tmp_path, model, inputs)
+    found = on_two_ranks(tmp_path, half_of_the_batch, model, inputs)
     for losses, expected in zip(found["losses"], case.case["rank_losses"], strict=True):
         for name, value in expected.items():
             assert losses[name] == pytest.approx(value, **relaxed(case))
@@ -78,7 +80,7 @@ def test_two_processes_match_the_released_code_and_one_process(
 @NO_FORK_WARNING
 def test_two_processes_and_one_agree(tiny_model: Any, batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
     model = tiny_model()
-    found = on_two_ranks(tmp_path, model, batch)
+    found = on_two_ranks(tmp_path, half_of_the_batch, model, batch)
     output = model(**batch)
     output.loss.backward()
     for name in ("loss", "loss_itc", "loss_sdm", "loss_refine"):
@@ -161,15 +163,7 @@ def shared_gradient(rank: int, folder: Path) -> None:
 
 @NO_FORK_WARNING
 def test_a_gradient_that_others_read_too_is_left_alone(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=shared_gradient, args=(rank, tmp_path)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=60)
-        child.kill()
-        child.join()
-    rows, others = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    rows, others = on_two_ranks(tmp_path, shared_gradient)
     assert rows == [[2.0, 4.0]]
     assert others == [[2.0, 4.0], [6.0, 8.0]]
 

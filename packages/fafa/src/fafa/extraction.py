@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fafa.model.blip2 import Blip2FAFACPR
-from tbps_common.distributed import Ranks
+from tbps_common.distributed import Ranks, gather_objects
 
 
 class ExtractionStopped(Exception):
@@ -227,8 +227,7 @@ def _slice_of(count: int, ranks: Ranks) -> tuple[int, int]:
 
 def _all_slices(own: Tensor | None, count: int, ranks: Ranks, device: torch.device) -> Tensor:
     """Join the features of all processes. Only the last ones can have fewer, or none."""
-    shapes: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(shapes, None if own is None else tuple(own.shape[1:]))
+    shapes = gather_objects(None if own is None else tuple(own.shape[1:]))
     shape = next(shape for shape in shapes if shape is not None)
     padded = torch.zeros((-(-count // ranks.world_size), *shape), device=device)
     if own is not None:

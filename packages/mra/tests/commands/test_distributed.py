@@ -125,30 +125,13 @@ def test_two_nodes_train_together(world: Path, tmp_path: Path, start_script: Sta
     assert not (tmp_path / "m1").exists()  # only the first process writes
 
 
-def test_one_failing_process_ends_the_job(run: Run, tmp_path: Path) -> None:
+def test_one_failing_process_ends_the_job(run: Run, tmp_path: Path, second_process_raises: dict[str, str]) -> None:
     """Process 1 raises in its second step; the other one sits in a collective that will never end."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'mra.training.run' and os.environ.get('RANK') == '1':\n"
-        "            sys.meta_path.remove(self)\n"
-        "            from mra.training.step import Step\n"
-        "            step, calls = Step.__call__, []\n"
-        "            def fail(self, batch):\n"
-        "                calls.append(1)\n"
-        "                if len(calls) == 2: raise RuntimeError('rank one is lost')\n"
-        "                return step(self, batch)\n"
-        "            Step.__call__ = fail\n"
-        "        return None\n"
-        "sys.meta_path.insert(0, Finder())\n",
-        encoding="utf-8",
-    )
     began = time.monotonic()
     done = run(
         *("--task", "cuhk", "--dist", "f4", "--nproc", "2", "--output_dir", str(tmp_path / "out")),
         *("--bs", "8", "--epo", "1000"),
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=second_process_raises["PYTHONPATH"],
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "rank one is lost" in done.stderr

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from tbps_common.distributed import Ranks
+from tbps_common.distributed import Ranks, gather_objects
 from tbps_common.errors import CheckpointError, InputError
 
 
@@ -55,12 +54,7 @@ def rng_state() -> dict[str, Any]:
 
 def all_rng_states(ranks: Ranks) -> list[dict[str, Any]]:
     """`rng_state` of every process, by rank; every process must call it."""
-    own = rng_state()
-    if not ranks.distributed:
-        return [own]
-    states: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(states, own)
-    return states
+    return gather_objects(rng_state()) if ranks.distributed else [rng_state()]
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

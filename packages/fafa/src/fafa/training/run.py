@@ -26,14 +26,13 @@ from fafa.training.state import (
     Progress,
     RunIdentity,
     SavedState,
-    gather_objects,
     read_state,
     restore_weights,
     save_state,
 )
 from fafa.training.validation import Validator
 from fafa.transforms import build_transforms
-from tbps_common.distributed import Ranks, broadcast_object
+from tbps_common.distributed import Ranks, broadcast_object, gather_objects
 from tbps_common.finite import FiniteLoss
 from tbps_common.interruption import AgreedStop, Interruption
 from tbps_common.loading import EpochBatches
@@ -279,7 +278,7 @@ class TrainingRun:
         """Write the state; every process must call it."""
         self._require_finite()
         rng = all_rng_states(self.ranks)
-        meters = gather_objects(self.meters.state_dict(), self.ranks)
+        meters = gather_objects(self.meters.state_dict())
         if self.ranks.is_main:
             save_state(
                 self.directory,

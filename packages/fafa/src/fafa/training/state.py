@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fafa.training.run_directory import STATE
 from tbps_common.checkpoint import load_checkpoint_file, load_state_dict_strictly, save_checkpoint
-from tbps_common.distributed import Ranks
 from tbps_common.errors import CheckpointError
 
 FORMAT = "fafa-state/1"
@@ -89,15 +87,6 @@ class SavedState:
                     f"{self.path} belongs to a run with {_FLAG[name]} {before}, and now it is {now}: resume with "
                     f"{before}, or start a new run from its weights with --resume-path"
                 )
-
-
-def gather_objects(own: Any, ranks: Ranks) -> list[Any]:
-    """The values of all processes, by rank; every process must call it."""
-    if not ranks.distributed:
-        return [own]
-    values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, own)
-    return values
 
 
 def frozen_names(model: nn.Module) -> set[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_config
@@ -26,7 +25,7 @@ from mra.training.outputs import BEST_NAME, epoch_table, log_line, save_weights,
 from mra.training.state import VERSION, Progress, Resumed, read_state
 from mra.training.step import Schedule, Step
 from tbps_common.checkpoint import load_state_dict_strictly, save_checkpoint
-from tbps_common.distributed import Ranks, barrier
+from tbps_common.distributed import Ranks, barrier, gather_objects
 from tbps_common.errors import CheckpointError
 from tbps_common.interruption import AgreedStop, Interruption
 from tbps_common.loading import replaced_items
@@ -248,7 +247,7 @@ class TrainingRun:
         self.progress.steps = self.step.schedule.done
         if not self.args.save_every:
             return
-        rng, meters = all_rng_states(self.ranks), self._of_all_processes(self.meters.state_dict())
+        rng, meters = all_rng_states(self.ranks), gather_objects(self.meters.state_dict())
         if self.ranks.is_main:
             content = {
                 "version": VERSION,
@@ -262,12 +261,6 @@ class TrainingRun:
                 "rng": rng,
             }
             save_checkpoint(content, self.last)
-
-    def _of_all_processes(self, value: Any) -> list[Any]:
-        values = [value] * self.ranks.world_size
-        if self.ranks.distributed:
-            dist.all_gather_object(values, value)
-        return values
 
     def _save_weights(self, name: str) -> None:
         if self.ranks.is_main:
