@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tbps_common.checkpoint import (
+from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import (
     find_state_dict,
     fingerprint,
     load_checkpoint_file,
     load_state_dict_strictly,
     save_checkpoint,
 )
-from tbps_common.errors import CheckpointError
 
 
 def training_state(width: int = 8) -> dict[str, Any]:
@@ -386,7 +386,7 @@ class TestSaving:
     def test_killed_while_saving(self, tmp_path: Path) -> None:
         code = (
             "import os, signal, sys, time, torch\n"
-            "from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint\n"
+            "from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint\n"
             "torch.set_num_threads(1)\n"
             "def save(n): save_checkpoint({'w': torch.full((500_000,), float(n)), 'n': n}, sys.argv[1])\n"
             "save(-1)\n"
