@@ -86,8 +86,8 @@ def training_step(args: argparse.Namespace) -> list[Row]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from dp_gen.optim import build_optimizer, set_trainable
     from dp_gen.options import parse_args
-    from dp_gen.training import build_optimizer, set_trainable
     from tbps_common.errors import InputError
 
     flags = parse_args(
@@ -256,8 +256,8 @@ def build_model(args: argparse.Namespace, flags: argparse.Namespace) -> "Diverse
     """Random weights: the tiny models, or Stable Diffusion 1.5 with CLIP ViT-L/14."""
     import tempfile
 
-    from dp_gen.constants import BASE_MODEL, IMAGE_ENCODER
     from dp_gen.model import DiversePersonModel
+    from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 
     if not args.full_size:
         from tbps_world.tiny.dp_gen import write_tiny_models

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from dp_gen import DiversePersonDataset, check_dataset, collate_fn, load_tokenizer
-from dp_gen.cli import check_data_main, train_main
+from dp_gen.cli import train_main
+from dp_gen.data.check import main as check_data_main
 from dp_gen.data import read_references
 from dp_gen.data.folder import TrainingFolder
 from dp_gen.data.references import natural_sort

@@ -163,7 +163,7 @@ def test_edits_are_annotated_and_packed_as_they_are(
 ) -> None:
     """generate.py, annotate.py and dp-pack on each other's files, the chat model replaced by the rule of the practice server."""
     from dp_gen.annotate import main as annotate
-    from dp_gen.pack import main as pack
+    from dp_gen.assemble import main as pack
     from tbps_common.datasets import CUHKPEDES
     from tbps_world.practice.captions import answer
     from tbps_world.practice.server import PracticeServer

@@ -10,7 +10,7 @@ import torch
 
 from dp_gen import DiversePersonController, DiversePersonModel, DiversePersonPipeline, load_tokenizer, set_trainable
 from dp_gen import supervised_cross_attentions as supervised
-from dp_gen.model.capture import attention_grids, checkpoint_gradients
+from dp_gen.model.attention import attention_grids, checkpoint_gradients
 from dp_gen.model.parts import load_generation_scheduler, load_training_scheduler
 from dp_gen.model.pipeline import settings_of
 from tbps_common.errors import InputError

@@ -9,7 +9,7 @@ import pytest
 
 from dp_gen import load_tokenizer, parse_args
 from dp_gen.cli import train_main
-from dp_gen.hub import resolve_model
+from dp_gen.model.hub import resolve_model
 from dp_gen.options import TRAIN_DESCRIPTION, attribute_types
 from tbps_common.errors import InputError
 
@@ -135,7 +135,7 @@ def test_the_moved_model_is_found_under_its_new_name(
         assert (successor in capsys.readouterr().out) == (repository == successor)
     (tmp_path / name).mkdir(parents=True)
     assert look() == name  # a folder of that name comes first
-    with pytest.raises(InputError, match="is not a folder, and no name"):
+    with pytest.raises(InputError, match="is neither a folder nor the name of a model"):
         resolve_model("a/b/c", marker="x", flag="--image_encoder_hf")
 
 
@@ -147,7 +147,7 @@ def test_the_tokenizer_is_looked_up_at_its_revision(tiny_models: Path, monkeypat
         asked.update(flags)
         return str(tiny_models / "runwayml" / "stable-diffusion-v1-5")
 
-    monkeypatch.setattr("dp_gen.hub.resolve_model", resolve)
+    monkeypatch.setattr("dp_gen.model.captions.resolve_model", resolve)
     load_tokenizer("some/model", "fp16")
     assert asked["revision"] == "fp16"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dp_gen.pack import main
+from dp_gen.assemble import main
 from tbps_common.datasets import CUHKPEDES, load_processed_train
 from tbps_common.datasets.convert import convert_to_finetune
 from tbps_world.cli import synth_main
@@ -105,7 +105,7 @@ def test_a_kill_leaves_no_half_of_a_data_set(generated: Path, tmp_path: Path) ->
     """Killed while it copies: nothing stands under the final name, and the next run clears up and completes."""
     program = (
         "import os, shutil, signal\n"
-        "from dp_gen.pack import main\n"
+        "from dp_gen.assemble import main\n"
         "copy = shutil.copyfile\n"
         "shutil.copyfile = lambda source, target: (copy(source, target), os.kill(os.getpid(), signal.SIGKILL))\n"
         f"main(['--generated', {str(generated)!r}, '--captions', 'own', '--out', {str(tmp_path / 'out')!r}])\n"

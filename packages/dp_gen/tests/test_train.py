@@ -322,7 +322,7 @@ def test_killed_at_any_moment(tmp_path: Path, train_flags: Flags, whole: Callabl
     output_dir = tmp_path / "killed"
     flags = train_flags(output_dir, "--max_train_steps", "6", "--checkpointing_steps", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dp_gen.training.start", "diffusers", "transformers", "accelerate"])
+    context.set_forkserver_preload(["dp_gen.train", "diffusers", "transformers", "accelerate"])
     kills = {"inside a save": 0, "later": 0}
     for attempt in range(30):
         child = context.Process(target=train_main, args=(flags,))

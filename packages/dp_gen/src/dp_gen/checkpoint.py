@@ -4,12 +4,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from dp_gen.model.weights import official_layout, read_weights
 from tbps_common.errors import InputError
+from tbps_common.files import atomic_path
+from tbps_common.run.checkpoint import save_checkpoint
+from tbps_common.run.command import command
 
 LAYOUTS = {"dp": "controller", "fastcomposer": "postfuse_module"}
 
 
-def run(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
     """Convert one checkpoint.
 
     Raises:
@@ -28,14 +35,8 @@ def run(argv: list[str]) -> int:
     target = Path(args.target)
     if target.suffix not in (".bin", ".pt", ".safetensors"):
         raise InputError(f"{target} must end in .bin, .pt or .safetensors: rename the target")
-    from dp_gen.model.weights import official_layout, read_weights
-    from tbps_common.files import atomic_path
-    from tbps_common.run.checkpoint import save_checkpoint
-
     weights = official_layout(read_weights(args.source), controller=LAYOUTS[args.layout])
     if target.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
         with atomic_path(target) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     else:
@@ -45,6 +46,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dp_gen.cli import checkpoint_main
-
-    sys.exit(checkpoint_main())
+    sys.exit(main())

@@ -6,13 +6,10 @@ from tbps_common.run.command import command
 @command
 def train_main(argv: list[str]) -> int:
     """`train.py`, `dp-train`: train the editor."""
-    from dp_gen.options import check_training_flags, parse_args
-    from dp_gen.preflight import check_training_inputs
+    from dp_gen.options import training_flags
 
-    args = parse_args(argv)
-    check_training_flags(args)
-    check_training_inputs(args)
-    from dp_gen.training.start import train
+    args = training_flags(argv)
+    from dp_gen.train import train
 
     return train(args)
 
@@ -44,22 +41,6 @@ def annotate_main(argv: list[str]) -> int:
 @command
 def pack_main(argv: list[str]) -> int:
     """`dp-pack`: generated images and their captions as a data set."""
-    from dp_gen.pack import main
-
-    return main(argv)
-
-
-@command
-def checkpoint_main(argv: list[str]) -> int:
-    """`python -m dp_gen.checkpoint`: write a checkpoint in the authors' layout."""
-    from dp_gen.checkpoint import run
-
-    return run(argv)
-
-
-@command
-def check_data_main(argv: list[str]) -> int:
-    """`python -m dp_gen.data`: check a training folder."""
-    from dp_gen.data.check import main
+    from dp_gen.assemble import main
 
     return main(argv)

@@ -72,7 +72,7 @@ def _new(args: argparse.Namespace) -> int:
 
 
 def _edit(args: argparse.Namespace) -> int:
-    from dp_gen.data_layout import FolderLayout, require_files
+    from dp_gen.data.layout import FolderLayout, require_files
     from dp_gen.generation.references import read_pool
     from dp_gen.generation.tasks import EditPlan, edit_tasks
 

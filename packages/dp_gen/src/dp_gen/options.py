@@ -1,21 +1,26 @@
 """The flags of `train.py` and `generate.py`: the authors' flags with their names, types and defaults, and additions.
 
 Every default of the package lives in this parser and nowhere else. Flags of one value are checked while parsing (exit
-status 2, as argparse does); `check_training_flags` checks what needs several flags at once.
+status 2, as argparse does); `training_flags` checks what needs several flags, or the files that they name.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dp_gen.constants import BASE_MODEL, DENOISE_MASK_PROB, IMAGE_ENCODER
-from tbps_common.errors import InputError
+from dp_gen.data.layout import FolderLayout, require_files
+from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER, check_model_folders
+from tbps_common.errors import DatasetError, InputError
 from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
 LARGEST_SEED = 2**32 - 1
 LEAST_RESOLUTION = 64  # three halvings of the latents, and the deepest attention still has a pixel
+
+DENOISE_MASK_PROB = 0.73
+"""Probability with which a batch's denoising loss is masked (hard-coded in the released code)."""
 
 TRAIN_DESCRIPTION = """\
 Train Diverse Person: Stable Diffusion 1.5 that follows a caption and one reference image per attribute.
@@ -252,6 +257,12 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     add_bad_images_flag(ours)
     ours.add_argument("--log_every", type=whole_number(1), default=10, help="updates between two reads of the losses")
     ours.add_argument("--same_noise_on_ranks", action="store_true", help="the same noise on every process, as released")
+    ours.add_argument(
+        "--scheduler_steps_per_process",
+        action="store_true",
+        help="advance --lr_scheduler once per process at every update, as released: with N processes it then ends after "
+        "an N-th of the updates",
+    )
     ours.add_argument("--allow_tf32", action="store_true", help="quicker float32 products on recent GPUs")
     ours.add_argument(
         "--compile", action="store_true", help="torch.compile the encoders, and the U-Net if nothing is captured in it"
@@ -270,12 +281,21 @@ def parse_args(argv: Sequence[str] | None = None, default: bool = False) -> argp
     return build_parser().parse_args([] if default else argv)
 
 
-def check_training_flags(args: argparse.Namespace) -> None:
-    """Refuse combinations of flags that cannot be trained, before anything is loaded or written.
+def training_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a training, checked as far as that needs no model: a wrong path is reported within a second.
 
     Raises:
-        InputError: one sentence naming the flags and the remedy.
+        DatasetError: files of the training folder are missing or damaged, or none of it is of the wanted types.
+        InputError: the flags contradict each other, or the folder of a model is not one.
     """
+    args = parse_args(argv)
+    _check_training_flags(args)
+    check_model_folders(args.pretrained_model_hf, args.image_encoder_hf)
+    _check_training_folder(args)
+    return args
+
+
+def _check_training_flags(args: argparse.Namespace) -> None:
     if not args.dataset_name:
         raise InputError("--dataset_name is missing: name the root of a training folder (segment.py makes one)")
     if args.uncondition_prob + args.text_only_prob > 1:
@@ -287,6 +307,21 @@ def check_training_flags(args: argparse.Namespace) -> None:
         path = Path(getattr(args, flag))
         if path.exists() and not path.is_dir():
             raise InputError(f"--{flag} {path} is a file: name a folder")
+    if args.load_model and not Path(args.load_model).exists():
+        raise InputError(f"--load_model {args.load_model} does not exist: check the path")
+
+
+def _check_training_folder(args: argparse.Namespace) -> None:
+    layout = FolderLayout(args.dataset_name, "train")
+    require_files(layout)
+    wanted = attribute_types(args)
+    labels = Counter(segment["label"] for img_id in layout.ids for segment in layout.read_info(img_id)["segments"])
+    if wanted is not None and labels and not wanted & set(labels):
+        known = ", ".join(sorted(str(label) for label in labels))
+        raise DatasetError(
+            f"--reference_attribute_types {args.reference_attribute_types} names none of the types in {layout.root} "
+            f"({known}): no reference would be trained"
+        )
 
 
 def attribute_types(args: argparse.Namespace) -> frozenset[str] | None:

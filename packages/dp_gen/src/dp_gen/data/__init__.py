@@ -1,24 +1,6 @@
 """Training data: the folder of images, masks and captions; its items; reference images."""
 
-from dp_gen.data.check import check_dataset
-from dp_gen.data.folder import TrainingFolder
-from dp_gen.data.items import DiversePersonDataset, collate_fn
-from dp_gen.data.references import read_references
-from dp_gen.data.transforms import (
-    Transform4TestWithSegmap,
-    Transform4TrainWithSegmap,
-    attribute_transforms,
-    cut_attribute,
-)
+import lazy_loader
 
-__all__ = [
-    "DiversePersonDataset",
-    "TrainingFolder",
-    "Transform4TestWithSegmap",
-    "Transform4TrainWithSegmap",
-    "attribute_transforms",
-    "check_dataset",
-    "collate_fn",
-    "cut_attribute",
-    "read_references",
-]
+# On first use: `layout` is read before torch is imported. The names stand in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,7 +2,7 @@
 
 import sys
 
-from dp_gen.cli import check_data_main
+from dp_gen.data.check import main
 
 if __name__ == "__main__":
-    sys.exit(check_data_main())
+    sys.exit(main())

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from dp_gen.data.folder import TrainingFolder
-from dp_gen.data_layout import SPLIT_FILES
+from dp_gen.data.layout import SPLIT_FILES
 from tbps_common.errors import DatasetError
+from tbps_common.run.command import command
 
 _SHOWN = 10
 
@@ -41,8 +43,6 @@ def check_dataset(root: str | os.PathLike[str], split: str = "all", *, show: boo
     Raises:
         DatasetError: the folder or its id file cannot be used at all.
     """
-    from tqdm import tqdm
-
     folder = TrainingFolder(root, split)
     report = FolderReport(samples=len(folder))
     for index in tqdm(range(len(folder)), desc="checking", unit="sample", disable=not show):
@@ -81,6 +81,7 @@ def _segment_problems(
     return problems
 
 
+@command
 def main(argv: list[str]) -> int:
     """Print counts and problems; status 1 if there are any."""
     parser = argparse.ArgumentParser(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_gen.data_layout import FolderLayout
+from dp_gen.data.layout import FolderLayout
 from tbps_common.errors import DatasetError
 from tbps_common.images import read_image
 

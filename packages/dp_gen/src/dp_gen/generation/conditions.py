@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_gen.captions import encode_with_image_tokens, get_img_token_idx
-from dp_gen.constants import IMAGE_TOKEN
+from dp_gen import IMAGE_TOKEN
+from dp_gen.model.captions import encode_with_image_tokens, get_img_token_idx
 from tbps_common.errors import InputError
 
 

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dp_gen.captions import encode_with_image_tokens, insert_image_tokens
+from dp_gen.data.dataset import require_inside
 from dp_gen.data.folder import TrainingFolder
-from dp_gen.data.items import require_inside
 from dp_gen.data.transforms import attribute_transforms, cut_attribute
 from dp_gen.generation.conditions import encode_prompts, make_prompt
 from dp_gen.generation.geometry import Square, at_latent_size, dilate, feather, paste, to_square
 from dp_gen.generation.references import reference_tensor
 from dp_gen.generation.sampling import decode_latents, denoise, edit
 from dp_gen.generation.tasks import EditTask, NewTask
+from dp_gen.model.captions import encode_with_image_tokens, insert_image_tokens
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import find_damage
 
@@ -234,7 +234,7 @@ def _to_picture(image: Tensor) -> Image.Image:
 
 def new_row(task: NewTask) -> dict[str, Any]:
     """The manifest's line of a new person."""
-    from dp_gen.constants import IMAGE_TOKEN
+    from dp_gen import IMAGE_TOKEN
 
     parts = task.description.split(IMAGE_TOKEN)
     return {

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dp_gen.constants import IMAGE_TOKEN
+from dp_gen import IMAGE_TOKEN
+from dp_gen.data.layout import FolderLayout
 from dp_gen.data.references import REFERENCE_SUFFIXES, natural_sort
-from dp_gen.data_layout import FolderLayout
 from dp_gen.generation.references import Reference, rewrite
 from tbps_common.datasets.folder import Folder
 from tbps_common.errors import DatasetError, InputError

@@ -1,25 +1,30 @@
 """The controller: puts the feature of each reference image into the caption's features (paper, overview figure)."""
 
+from itertools import pairwise
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """`y = W2 GELU(W1 LN(x) + b1) + b2`, plus `x` with `use_residual`."""
+    """`y = W2 GELU(W1 LN(x) + b1) + b2`, plus `x` with `use_residual`.
+
+    The layers have the names of the checkpoint, and come in its order, which is the optimizer's too.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int, use_residual: bool = True):
-        super().__init__()
         if use_residual and in_dim != out_dim:
             raise ValueError(f"a residual MLP needs equal sizes, not {in_dim} and {out_dim}")
-        self.layernorm = nn.LayerNorm(in_dim)
-        self.fc1 = nn.Linear(in_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, out_dim)
+        super().__init__()
         self.use_residual = use_residual
-        self.act_fn = nn.GELU()
+        widths = (in_dim, hidden_dim, out_dim)
+        self.layernorm = nn.LayerNorm(widths[0])
+        self.fc1, self.fc2 = (nn.Linear(before, after) for before, after in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_dim] -> [..., out_dim]"""
-        y = self.fc2(self.act_fn(self.fc1(self.layernorm(x))))
+        y = self.fc2(F.gelu(self.fc1(self.layernorm(x))))
         return y + x if self.use_residual else y
 
 
@@ -32,9 +37,10 @@ class DiversePersonController(nn.Module):
 
     def __init__(self, embedding_dim: int):
         super().__init__()
-        self.mlp1 = MLP(embedding_dim * 2, embedding_dim, embedding_dim, use_residual=False)
-        self.mlp2 = MLP(embedding_dim, embedding_dim, embedding_dim, use_residual=True)
-        self.layer_norm = nn.LayerNorm(embedding_dim)
+        text_and_image, width = 2 * embedding_dim, embedding_dim
+        self.mlp1 = MLP(in_dim=text_and_image, hidden_dim=width, out_dim=width, use_residual=False)
+        self.mlp2 = MLP(in_dim=width, hidden_dim=width, out_dim=width)
+        self.layer_norm = nn.LayerNorm(width)
 
     def fuse(self, text: Tensor, attribute: Tensor) -> Tensor:
         """`LN(mlp2(mlp1([text; attribute]) + text))`, all [M, D]."""

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_gen.constants import DENOISE_MASK_PROB
 from dp_gen.losses import attribute_localization_loss, attribute_region, masked_mse
-from dp_gen.model.capture import AttentionCapture, attention_grids, reference_attention
+from dp_gen.model.attention import AttentionCapture, attention_grids, reference_attention
 from dp_gen.model.controller import DiversePersonController, valid_slots
 from dp_gen.model.parts import load_image_encoder, load_text_encoder, load_unet, load_vae
 from dp_gen.model.weights import load_checkpoint
@@ -57,8 +56,7 @@ class DiversePersonModel(nn.Module):
         self.vae = vae
         self.unet = unet
         self.controller = DiversePersonController(width)
-        self.mask_prob = float(getattr(args, "mask_loss_prob", DENOISE_MASK_PROB)) if args.mask_loss else 0.0
-        self.mask_loss = bool(args.mask_loss)
+        self.mask_loss, self.mask_prob = args.mask_loss, args.mask_loss_prob
         self.loc_weight, self.loc_norm = args.attribute_loc_weight, args.attribute_loc_norm
         self.capture = AttentionCapture(unet, args.loc_layers) if args.attribute_loc else None
 
@@ -70,7 +68,7 @@ class DiversePersonModel(nn.Module):
             InputError: a part cannot be found, read or used.
         """
         model = cls(load_text_encoder(args), load_image_encoder(args), load_vae(args), load_unet(args), args)
-        if getattr(args, "load_model", None):
+        if args.load_model:
             load_checkpoint(model, args.load_model)
         return model
 

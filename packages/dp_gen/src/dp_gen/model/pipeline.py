@@ -7,23 +7,24 @@ output_dir/
 """
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
-from dp_gen.constants import IMAGE_TOKEN
+from dp_gen import IMAGE_TOKEN, __version__
+from dp_gen.model.captions import load_tokenizer
 from dp_gen.model.diverse_person import DiversePersonModel
-from dp_gen.model.parts import load_generation_scheduler, quiet_libraries, read_settings
+from dp_gen.model.parts import load_generation_scheduler, quiet_libraries
 from dp_gen.model.weights import load_checkpoint, write_errors
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 CONFIG_NAME = "dp_gen_config.json"
 _PLACES = ("scheduler", "tokenizer", "text_encoder", "unet", "vae", "image_encoder", "controller", "model_index.json")
@@ -41,7 +42,7 @@ class DiversePersonPipeline:
     """
 
     def __init__(
-        self, model: DiversePersonModel, tokenizer: "CLIPTokenizer", scheduler: Any, settings: dict[str, Any]
+        self, model: DiversePersonModel, tokenizer: CLIPTokenizer, scheduler: Any, settings: dict[str, Any]
     ) -> None:
         self.model, self.tokenizer, self.scheduler, self.settings = model, tokenizer, scheduler, settings
 
@@ -61,7 +62,7 @@ class DiversePersonPipeline:
         missing = [place for place in _PLACES if not (root / place).exists()]
         if missing:
             raise InputError(f"{root} lacks {', '.join(missing)}: copy the trained model again, or give another one")
-        settings = read_settings(root / CONFIG_NAME)
+        settings = _read_settings(root / CONFIG_NAME)
         try:
             args = argparse.Namespace(**settings["args"])
             args.MAX_REFERENCE_ATTRIBUTE_NUM = int(settings["max_reference_attribute_num"])
@@ -93,12 +94,10 @@ class DiversePersonPipeline:
 
     @classmethod
     def _build(cls, args: argparse.Namespace, settings: dict[str, Any], trained: str | None, dtype: torch.dtype) -> Any:
-        from dp_gen.captions import load_tokenizer
-
         model = DiversePersonModel.from_pretrained(args)
         if trained:
             load_checkpoint(model, trained)
-        tokenizer = load_tokenizer(args.pretrained_model_hf, args.revision, cache_dir=getattr(args, "cache_dir", None))
+        tokenizer = load_tokenizer(args.pretrained_model_hf, args.revision, cache_dir=args.cache_dir)
         model.requires_grad_(False)
         return cls(model.eval().to(dtype), tokenizer, load_generation_scheduler(args), settings)
 
@@ -125,8 +124,6 @@ class DiversePersonPipeline:
         write_json(root / CONFIG_NAME, self.settings)
 
     def _write_parts(self, folder: Path) -> None:
-        from diffusers import StableDiffusionPipeline
-
         model = self.model.float()
         StableDiffusionPipeline(
             vae=model.vae,
@@ -147,8 +144,6 @@ class DiversePersonPipeline:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Content of `dp_gen_config.json` for the flags of a training."""
-    import dp_gen
-
     return {
         "resolution": args.resolution,
         "max_reference_attribute_num": args.MAX_REFERENCE_ATTRIBUTE_NUM,
@@ -156,5 +151,20 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "reference_attribute_types": args.reference_attribute_types,
         "loc_layers": args.loc_layers,
         "args": dict(sorted(vars(args).items())),
-        "version": dp_gen.__version__,
+        "version": __version__,
     }
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """`dp_gen_config.json` of a final folder.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): it belongs to a folder that train.py wrote") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no settings: it belongs to a folder that train.py wrote")
+    return settings

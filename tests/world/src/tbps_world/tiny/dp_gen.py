@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_gen.constants import BASE_MODEL, IMAGE_ENCODER
+from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 from tbps_common.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dp_gen.data import DiversePersonDataset, collate_fn
 from dp_gen.losses import attribute_localization_loss, masked_mse
 from dp_gen.model import DiversePersonModel
-from dp_gen.model.capture import attention_grids
+from dp_gen.model.attention import attention_grids
 from tbps_common.files import atomic_path
 
 TIMESTEPS = (100, 300, 500, 700, 900)

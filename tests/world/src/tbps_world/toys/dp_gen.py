@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dp_gen.constants import BASE_MODEL, IMAGE_ENCODER
+from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
 from tbps_world.tiny.dp_gen_command import VAE_UPDATES

@@ -4,20 +4,18 @@ import argparse
 import os
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import CLIPTokenizer
 
-from dp_gen.captions import encode_with_image_tokens, get_img_token_idx, insert_image_tokens
 from dp_gen.data.folder import TrainingFolder
 from dp_gen.data.transforms import Transform4TrainWithSegmap, attribute_transforms, cut_attribute
+from dp_gen.model.captions import encode_with_image_tokens, get_img_token_idx, insert_image_tokens
 from dp_gen.options import attribute_types
 from tbps_common.errors import DatasetError
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 Item = dict[str, Tensor]
 
@@ -47,22 +45,25 @@ class DiversePersonDataset(Dataset[Item]):
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], tokenizer: "CLIPTokenizer", args: argparse.Namespace, split: str = "train"
+        self, root: str | os.PathLike[str], tokenizer: CLIPTokenizer, args: argparse.Namespace, split: str = "train"
     ):
         self.folder = TrainingFolder(root, split)
         self.tokenizer = tokenizer
-        self.slots = int(args.MAX_REFERENCE_ATTRIBUTE_NUM)
+        self.slots = args.MAX_REFERENCE_ATTRIBUTE_NUM
         self.types = attribute_types(args)
         self.train_transforms = Transform4TrainWithSegmap(args)
-        self.attribute_transforms = attribute_transforms(int(args.resolution))
-        self.resolution = int(args.resolution)
-        self.uncondition_prob = float(getattr(args, "uncondition_prob", 0.0))
-        self.text_only_prob = float(getattr(args, "text_only_prob", 0.0))
-        self.attribute_appear_prob = float(getattr(args, "attribute_appear_prob", 1.0))
+        self.attribute_transforms = attribute_transforms(args.resolution)
+        self.resolution = args.resolution
+        self.uncondition_prob, self.text_only_prob = args.uncondition_prob, args.text_only_prob
+        self.attribute_appear_prob = args.attribute_appear_prob
 
     @property
     def img_ids(self) -> list[str]:
         return self.folder.ids
+
+    def image_path(self, index: int) -> str:
+        """Path of an item's image."""
+        return str(self.folder.image_path(self.folder.ids[index]))
 
     def __len__(self) -> int:
         return len(self.folder)

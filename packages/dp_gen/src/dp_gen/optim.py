@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from dp_gen.model.diverse_person import DiversePersonModel
@@ -24,43 +25,32 @@ def set_trainable(
     Raises:
         InputError: more layers are to be trained than the image encoder has.
     """
-    model.requires_grad_(False)
-    model.to(weight_dtype)
-    for module in _trained_modules(model, args):
-        module.float().requires_grad_(True)
-    unet, others = _trainable(model)
-    return [name for name, _ in (*unet, *others)]
-
-
-def _trained_modules(model: DiversePersonModel, args: argparse.Namespace) -> list[nn.Module]:
-    modules: list[nn.Module] = [model.unet]
-    if not controller_is_frozen(args):
-        modules.append(model.controller)
+    trained: list[nn.Module] = [model.unet]
+    if not args.activate_controller and args.text_image_linking == "control":
+        trained.append(model.controller)
     if args.train_text_encoder:
-        modules.append(model.text_encoder)
+        trained.append(model.text_encoder)
     if args.train_image_encoder:
-        count = args.image_encoder_trainable_layers
-        layers = model.image_encoder.vision_model.encoder.layers
+        count, layers = args.image_encoder_trainable_layers, model.image_encoder.vision_model.encoder.layers
         if count > len(layers):
             raise InputError(
                 f"--image_encoder_trainable_layers {count} is more than the {len(layers)} layers of the image encoder: "
                 "lower it; 0 trains all of it"
             )
-        modules += list(layers[len(layers) - count :]) if count else [model.image_encoder]
-    return modules
+        trained += list(layers[len(layers) - count :]) if count else [model.image_encoder]
+    model.requires_grad_(False)
+    model.to(weight_dtype)
+    for module in trained:
+        module.float().requires_grad_(True)
+    unet, others = _trainable(model)
+    return [*unet, *others]
 
 
-def controller_is_frozen(args: argparse.Namespace) -> bool:
-    """`--activate_controller` freezes it, as released; `--freeze_controller` is its honest name."""
-    frozen = args.activate_controller or getattr(args, "freeze_controller", False)
-    return frozen or args.text_image_linking != "control"
-
-
-def _trainable(model: nn.Module) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
+def _trainable(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Trainable parameters of the U-Net, and all others, by name."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    unet = [(name, parameter) for name, parameter in named if name.startswith("unet.")]
-    return unet, [(name, parameter) for name, parameter in named if "unet" not in name]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unet = {name: parameter for name, parameter in named.items() if name.startswith("unet.")}
+    return unet, {name: parameter for name, parameter in named.items() if "unet" not in name}
 
 
 def build_optimizer(model: DiversePersonModel, args: argparse.Namespace) -> torch.optim.AdamW:
@@ -68,7 +58,7 @@ def build_optimizer(model: DiversePersonModel, args: argparse.Namespace) -> torc
 
     Call it after `set_trainable`, with the model on its device. Weight decay also applies to biases and norms.
     """
-    unet, others = ([parameter for _, parameter in group] for group in _trainable(model))
+    unet, others = (list(group.values()) for group in _trainable(model))
     on_gpu = all(parameter.device.type == "cuda" for parameter in (*unet, *others))
     # The optimizer's own default learning rate stays torch's 1e-3: the polynomial schedule refers to it, as released.
     return torch.optim.AdamW(
@@ -89,13 +79,10 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespac
     Raises:
         ValueError: the schedule needs a length, and `args.max_train_steps` is None.
     """
-    from diffusers.optimization import get_scheduler
-
     accumulation = args.gradient_accumulation_steps
-    length = None if args.max_train_steps is None else args.max_train_steps * accumulation
     return get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps * accumulation,
-        num_training_steps=length,
+        num_training_steps=None if args.max_train_steps is None else args.max_train_steps * accumulation,
     )

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
-from dp_gen.constants import IMAGE_TOKEN
+from dp_gen import IMAGE_TOKEN
+from dp_gen.model.hub import SD_MARKER, resolve_model
 from tbps_common.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 _BYTE_SYMBOLS = 256  # CLIP's vocabularies begin with a symbol for every byte
 _LONGEST_TEXT = 100_000
@@ -19,7 +18,7 @@ _LONGEST_TEXT = 100_000
 
 def load_tokenizer(
     pretrained_model_hf: str, revision: str | None = None, *, cache_dir: str | None = None
-) -> "CLIPTokenizer":
+) -> CLIPTokenizer:
     """The tokenizer of a Stable Diffusion model, with `IMAGE_TOKEN` added as its last id.
 
     Args:
@@ -30,10 +29,6 @@ def load_tokenizer(
     Raises:
         InputError: there is no readable tokenizer.
     """
-    from transformers import CLIPTokenizer
-
-    from dp_gen.hub import SD_MARKER, resolve_model
-
     name = resolve_model(
         pretrained_model_hf, marker=SD_MARKER, flag="--pretrained_model_hf", revision=revision, cache_dir=cache_dir
     )
@@ -60,7 +55,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def encode_with_image_tokens(tokenizer: "CLIPTokenizer", text: str) -> tuple[Tensor, Tensor]:
+def encode_with_image_tokens(tokenizer: CLIPTokenizer, text: str) -> tuple[Tensor, Tensor]:
     """Token ids without the image tokens, and the positions that those marked.
 
     An image token marks the token before it, the end of its noun phrase. Two in a row mark that position once; one at

@@ -1,18 +1,19 @@
 """From the name on the command line to something that `from_pretrained` can load."""
 
-import argparse
 import os
 from functools import cache
 from pathlib import Path
 
-from dp_gen.constants import BASE_MODEL, BASE_MODEL_SUCCESSOR
 from tbps_common.errors import InputError
 
 SD_MARKER = "model_index.json"
 CLIP_MARKER = "config.json"
 SD_PARTS = ("scheduler", "tokenizer", "text_encoder", "unet", "vae")
 
-_SUCCESSORS = {BASE_MODEL: BASE_MODEL_SUCCESSOR}
+BASE_MODEL = "runwayml/stable-diffusion-v1-5"
+IMAGE_ENCODER = "openai/clip-vit-large-patch14"
+# Where the files of a repository live since it was removed from the hub.
+_SUCCESSORS = {BASE_MODEL: "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 
 def resolve_model(
@@ -39,7 +40,9 @@ def resolve_model(
     if os.path.exists(name):
         raise InputError(f"{flag} {name} is a file: name the model's folder, or a model of the Hugging Face hub")
     if not _is_hub_name(name):
-        raise InputError(f"{flag} {name} is not a folder, and no name of the Hugging Face hub: check the path")
+        raise InputError(
+            f"{flag} {name} is neither a folder nor the name of a model on the Hugging Face hub: check the path"
+        )
     candidates = [candidate for candidate in (name, _SUCCESSORS.get(name)) if candidate]
     cached = next((candidate for candidate in candidates if _is_cached(candidate, marker, revision, cache_dir)), None)
     reason = ""
@@ -98,14 +101,17 @@ def require_sd_folder(folder: str, flag: str) -> None:
         )
 
 
-def check_model_folders(args: argparse.Namespace) -> None:
+def check_model_folders(sd: str, clip: str) -> None:
     """Check the parts of both models that are local folders; hub names are looked up when they are loaded.
+
+    Args:
+        sd: value of `--pretrained_model_hf`.
+        clip: value of `--image_encoder_hf`.
 
     Raises:
         InputError: a folder lacks a part.
     """
-    if os.path.isdir(args.pretrained_model_hf):
-        require_sd_folder(args.pretrained_model_hf, "--pretrained_model_hf")
-    folder = args.image_encoder_hf
-    if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, CLIP_MARKER)):
-        raise InputError(f"--image_encoder_hf {folder} has no {CLIP_MARKER}: name the folder of a CLIP model")
+    if os.path.isdir(sd):
+        require_sd_folder(sd, "--pretrained_model_hf")
+    if os.path.isdir(clip) and not os.path.isfile(os.path.join(clip, CLIP_MARKER)):
+        raise InputError(f"--image_encoder_hf {clip} has no {CLIP_MARKER}: name the folder of a CLIP model")

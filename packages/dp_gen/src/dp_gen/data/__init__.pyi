@@ -1,0 +1,9 @@
+from .check import check_dataset as check_dataset
+from .dataset import DiversePersonDataset as DiversePersonDataset
+from .dataset import collate_fn as collate_fn
+from .folder import TrainingFolder as TrainingFolder
+from .references import read_references as read_references
+from .transforms import Transform4TestWithSegmap as Transform4TestWithSegmap
+from .transforms import Transform4TrainWithSegmap as Transform4TrainWithSegmap
+from .transforms import attribute_transforms as attribute_transforms
+from .transforms import cut_attribute as cut_attribute
