@@ -175,7 +175,7 @@ def batch(training_folder: Path, small_args: Callable[..., argparse.Namespace]) 
     return collate_fn([dataset[index] for index in range(3)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_flags(tiny_models: Path, training_folder: Path) -> Callable[..., list[str]]:
     """`train_flags(output_dir, *more)`: the README's flags, flags for the size, and `more`."""
 
@@ -194,18 +194,32 @@ def train_flags(tiny_models: Path, training_folder: Path) -> Callable[..., list[
     return flags
 
 
-@pytest.fixture
-def fresh_accelerate() -> Iterator[Callable[[], None]]:
+def forget_accelerate() -> None:
     """accelerate keeps one state per process; a second run in a process needs it forgotten."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    def forget() -> None:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
-    forget()
-    yield forget
-    forget()
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[Callable[[], None]]:
+    """Forgets accelerate's state before and after the test, and when it is called."""
+    forget_accelerate()
+    yield forget_accelerate
+    forget_accelerate()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, train_flags: Callable[..., list[str]]) -> Path:
+    """The output folder of a run of six updates that nothing happened to, with checkpoints 2, 4 and 6. Do not write there."""
+    from dp_gen.cli import train_main
+
+    output_dir = tmp_path_factory.mktemp("finished")
+    forget_accelerate()
+    assert train_main(train_flags(output_dir, "--max_train_steps", "6", "--keep_interval", "2")) == 0
+    forget_accelerate()
+    return output_dir
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dp_gen import DiversePersonDataset, check_dataset, collate_fn, load_tokenizer
 from dp_gen.cli import train_main
-from dp_gen.data.check import main as check_data_main
 from dp_gen.data import read_references
+from dp_gen.data.check import main as check_data_main
 from dp_gen.data.folder import TrainingFolder
 from dp_gen.data.references import natural_sort
 from tbps_common.errors import DatasetError

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from dp_gen import DiversePersonPipeline
 from dp_gen.cli import train_main
-from tbps_common.run.checkpoint import load_checkpoint_file
+from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -73,16 +74,20 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 
 @pytest.fixture
-def whole(tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget) -> Callable[..., Path]:
-    """`whole(*more)`: the output folder of a run of six updates that nothing happened to."""
+def checkpoints(finished_run: Path, tmp_path: Path) -> Path:
+    """An output folder with checkpoints 2, 4 and 6, to be written to."""
+    for step in (2, 4, 6):
+        shutil.copytree(finished_run / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
+    return tmp_path / "out"
 
-    def run(*more: str) -> Path:
-        output_dir = tmp_path / "whole"
-        assert train_main(train_flags(output_dir, "--max_train_steps", "6", *more)) == 0
-        fresh_accelerate()
-        return output_dir
 
-    return run
+def remove_checkpoints(output_dir: Path, *steps: int) -> None:
+    for step in steps:
+        shutil.rmtree(output_dir / f"checkpoint-{step}")
+
+
+def logged(output_dir: Path) -> str:
+    return (output_dir / "train_log.txt").read_text("utf-8")
 
 
 def test_a_run_and_what_it_leaves(tmp_path: Path, train_flags: Flags) -> None:
@@ -120,16 +125,12 @@ def logged_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_a_short_run_logs_its_losses_too(tmp_path: Path, train_flags: Flags) -> None:
+def test_the_last_checkpoint_alone_is_kept_and_a_short_run_logs_its_losses(tmp_path: Path, train_flags: Flags) -> None:
     """Shorter than --log_every: every checkpoint, and the end, read the losses back."""
-    assert train_main(train_flags(tmp_path, "--log_every", "10", "--max_train_steps", "3")) == 0
-    text = (tmp_path / "train_log.txt").read_text("utf-8")
-    assert "step 2/3: train_loss" in text and "step 3/3: train_loss" in text
-
-
-def test_only_the_last_checkpoint_is_kept(tmp_path: Path, train_flags: Flags) -> None:
-    assert train_main(train_flags(tmp_path, "--keep_interval", "100")) == 0
+    assert train_main(train_flags(tmp_path, "--log_every", "10", "--keep_interval", "100")) == 0
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    for step in (2, 4, 5):
+        assert f"step {step}/5: train_loss" in logged(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,14 @@ def test_a_stopped_run_goes_on_exactly(
     more: tuple[str, ...],
     tmp_path: Path,
     train_flags: Flags,
-    whole: Callable[..., Path],
+    finished_run: Path,
     fresh_accelerate: Forget,
 ) -> None:
-    reference = whole(*more)
+    reference = finished_run
+    if more:
+        reference = tmp_path / "whole"
+        assert train_main(train_flags(reference, "--max_train_steps", "6", *more)) == 0
+        fresh_accelerate()
     output_dir = tmp_path / "stopped"
     flags = train_flags(output_dir, "--max_train_steps", "6", *more)
     with signal_at(moment, number):
@@ -166,83 +171,133 @@ def test_a_stopped_run_goes_on_exactly(
     )
 
 
-def test_workers_change_nothing(tmp_path: Path, train_flags: Flags, whole: Callable[..., Path]) -> None:
-    reference = whole()
-    assert train_main(train_flags(tmp_path / "w", "--max_train_steps", "6", "--dataloader_num_workers", "2")) == 0
-    assert_same_run(tmp_path / "w", reference, 6)
-
-
-def test_incomplete_checkpoints_are_passed_over(tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget) -> None:
-    flags = train_flags(tmp_path, "--max_train_steps", "4")
+def test_workers_change_nothing(tmp_path: Path, train_flags: Flags, finished_run: Path) -> None:
+    flags = train_flags(tmp_path, "--max_train_steps", "6", "--keep_interval", "2", "--dataloader_num_workers", "2")
     assert train_main(flags) == 0
-    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-8")
-    (tmp_path / "checkpoint-8" / "optimizer.bin").unlink()
-    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-9.tmp")
-    fresh_accelerate()
-    assert train_main([*flags, "--max_train_steps", "5"]) == 0
-    text = (tmp_path / "train_log.txt").read_text("utf-8")
-    assert "resuming from" in text and "update 4" in text
-    assert not (tmp_path / "checkpoint-9.tmp").exists()
+    assert_same_run(tmp_path, finished_run, 6)
+
+
+def test_incomplete_checkpoints_are_passed_over(checkpoints: Path, train_flags: Flags) -> None:
+    (checkpoints / "checkpoint-6" / "optimizer.bin").unlink()
+    (checkpoints / "checkpoint-4").rename(checkpoints / "checkpoint-9.tmp")
+    assert train_main(train_flags(checkpoints, "--max_train_steps", "3")) == 0
+    assert "resuming from" in logged(checkpoints) and "update 2" in logged(checkpoints)
+    assert not (checkpoints / "checkpoint-9.tmp").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "said"),
+    ("file", "damage"),
     [
-        ("optimizer.bin", lambda path: path.write_bytes(path.read_bytes()[:5000]), "optimizer.bin"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:5000]), "model.safetensors"),
-        ("progress.json", lambda path: path.write_text("{", "utf-8"), "progress.json"),
+        ("optimizer.bin", cut),
+        ("optimizer.bin", zeros),
+        ("scheduler.bin", empty),
+        ("model.safetensors", cut),
+        ("model.safetensors", empty),
+        ("progress.json", lambda path: path.write_text("{", "utf-8")),
     ],
-    ids=["optimizer", "weights", "progress"],
+    ids=["cut optimizer", "zeroed optimizer", "empty schedule", "cut weights", "empty weights", "progress"],
 )
-def test_a_damaged_checkpoint_is_named(
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     file: str,
     damage: Callable[[Path], Any],
-    said: str,
-    tmp_path: Path,
+    checkpoints: Path,
     train_flags: Flags,
     fresh_accelerate: Forget,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = train_flags(tmp_path, "--max_train_steps", "2")
-    assert train_main(flags) == 0
-    damage(tmp_path / "checkpoint-2" / file)
+    newest, sound = checkpoints / "checkpoint-6", checkpoints / "checkpoint-4"
+    damage(newest / file)
+    flags = train_flags(checkpoints, "--max_train_steps", "4", "--keep_interval", "2")
+
+    def refusal(*more: str) -> str:
+        fresh_accelerate()
+        assert train_main([*flags, *more]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and file in error and str(newest) in error
+        return error
+
+    assert f"resume from {sound} instead" in refusal("--resume_from_checkpoint", "checkpoint-6")
     fresh_accelerate()
-    assert train_main([*flags, "--max_train_steps", "3"]) == 2
+    assert train_main(flags) == 0
+    assert f"{newest} is damaged" in logged(checkpoints) and f"resuming from {sound}" in logged(checkpoints)
+    remove_checkpoints(checkpoints, 2, 4)
+    assert "start a new training" in refusal()
+
+
+def test_damage_that_only_reading_finds_is_named_with_the_checkpoint_before(
+    checkpoints: Path, train_flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = checkpoints / "checkpoint-6" / "optimizer.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    assert train_main(train_flags(checkpoints, "--max_train_steps", "8")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert said in error and error.startswith("error: ")
+    assert str(file) in error and str(checkpoints / "checkpoint-4") in error
 
 
 def test_named_checkpoints(
-    tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, train_flags: Flags, fresh_accelerate: Forget, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_main(train_flags(tmp_path, "--resume_from_checkpoint", "checkpoint-7")) == 2
+    flags = train_flags(checkpoints, "--keep_interval", "2", "--max_train_steps", "3")
+    assert train_main([*flags, "--resume_from_checkpoint", "checkpoint-7"]) == 2
     assert "checkpoint-7 is neither a folder" in capsys.readouterr().err
-    assert not (tmp_path / "train_log.txt").exists()
-    fresh_accelerate()
-    flags = train_flags(tmp_path, "--keep_interval", "2", "--max_train_steps", "4")
-    assert train_main(flags) == 0
+    assert not (checkpoints / "train_log.txt").exists()
     fresh_accelerate()
     # The authors look only at the name, inside the output folder.
     assert train_main([*flags, "--resume_from_checkpoint", "elsewhere/checkpoint-2"]) == 0
-    assert "update 2" in (tmp_path / "train_log.txt").read_text("utf-8")
+    assert "update 2" in logged(checkpoints)
 
 
-def test_a_checkpoint_of_the_authors_code_resumes_by_its_name(
-    tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget
-) -> None:
+def test_a_checkpoint_of_the_authors_code_resumes_by_its_name(checkpoints: Path, train_flags: Flags) -> None:
     from dp_gen.model.weights import official_layout
-    from tbps_common.run.checkpoint import save_checkpoint
 
-    flags = train_flags(tmp_path, "--max_train_steps", "4")
-    assert train_main(flags) == 0
-    folder = tmp_path / "checkpoint-4"
+    remove_checkpoints(checkpoints, 2, 6)
+    folder = checkpoints / "checkpoint-4"
     save_checkpoint(official_layout(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
     for name in ("model.safetensors", "progress.json", "random_states_0.pkl"):
         (folder / name).unlink()
-    fresh_accelerate()
-    assert train_main([*flags, "--max_train_steps", "5"]) == 0
-    text = (tmp_path / "train_log.txt").read_text("utf-8")
-    assert "update 4, epoch 2" in text and "cannot go on exactly" in text
+    assert train_main(train_flags(checkpoints)) == 0
+    assert "update 4, epoch 2" in logged(checkpoints) and "cannot go on exactly" in logged(checkpoints)
+
+
+def logged_rates(output_dir: Path) -> list[str]:
+    return re.findall(r"lr ([\d.e+-]+)", logged(output_dir))
+
+
+def test_the_remaining_updates_have_the_rates_of_todays_flags(
+    tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget
+) -> None:
+    """A cosine that came to its end goes on where a longer one is; --lr counts too."""
+
+    def rates(updates: int, *more: str) -> list[str]:
+        fresh_accelerate()
+        flags = train_flags(tmp_path, "--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--log_every", "1", *more)
+        assert train_main([*flags, "--keep_interval", "2", "--max_train_steps", str(updates)]) == 0
+        return logged_rates(tmp_path)
+
+    assert rates(2) == ["0.001", "0.0005"]
+    # cos(pi / 2), cos(3 pi / 4)
+    assert rates(4)[2:] == ["0.0005", "0.0001464"]
+    assert rates(4, "--lr", "2e-3", "--resume_from_checkpoint", "checkpoint-2")[4:] == ["0.001", "0.0002929"]
+    assert "the learning rates are [0.002, 0.002] now" in logged(tmp_path)
+    # An earlier version of this program took a step of the schedule per process.
+    schedule = tmp_path / "checkpoint-2" / "scheduler.bin"
+    save_checkpoint({**load_checkpoint_file(schedule), "last_epoch": 4}, schedule)
+    assert rates(4, "--resume_from_checkpoint", "checkpoint-2")[6:] == ["0.0005", "0.0001464"]
+    assert "--scheduler_steps_per_process keeps it" in logged(tmp_path)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
@@ -272,22 +327,21 @@ def test_an_image_that_cannot_be_read(
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(
-    tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, train_flags: Flags, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = train_flags(tmp_path, "--max_train_steps", "2")
-    assert train_main(flags) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
-    fresh_accelerate()
+    remove_checkpoints(checkpoints, 4, 6)
+    before = {path: path.read_bytes() for path in (checkpoints / "checkpoint-2").iterdir()}
+    flags = train_flags(checkpoints, "--checkpointing_steps", "1", "--max_train_steps", "4")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-        assert train_main([*flags, "--max_train_steps", "4"]) == 1
+        assert train_main(flags) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "checkpoint-4" in error and error.startswith("error: ")
-    assert {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert "checkpoint-3" in error and error.startswith("error: ")
+    assert {path: path.read_bytes() for path in (checkpoints / "checkpoint-2").iterdir()} == before
+    assert not list(checkpoints.glob("*.tmp"))
 
 
 def test_other_flags_train_too(tmp_path: Path, train_flags: Flags) -> None:
@@ -314,11 +368,10 @@ def test_other_flags_train_too(tmp_path: Path, train_flags: Flags) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path: Path, train_flags: Flags, whole: Callable[..., Path]) -> None:
+def test_killed_at_any_moment(tmp_path: Path, train_flags: Flags, finished_run: Path) -> None:
     """SIGKILL, also inside a save, until a run gets through: the weights are those of an uninterrupted run."""
     import multiprocessing
 
-    reference = whole("--checkpointing_steps", "1")
     output_dir = tmp_path / "killed"
     flags = train_flags(output_dir, "--max_train_steps", "6", "--checkpointing_steps", "1")
     context = multiprocessing.get_context("forkserver")
@@ -342,7 +395,7 @@ def test_killed_at_any_moment(tmp_path: Path, train_flags: Flags, whole: Callabl
         if child.exitcode == 0:
             break
     assert min(kills.values()) >= 2, kills
-    assert_same_run(output_dir, reference, 6)
+    assert_same_run(output_dir, finished_run, 6)
 
 
 @pytest.mark.slow
@@ -350,21 +403,29 @@ def test_two_processes(tmp_path: Path, train_flags: Flags) -> None:
     """gloo: each process takes its share of the samples, and a stopped pair goes on exactly."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-    def run(output_dir: Path, *more: str) -> None:
-        flags = train_flags(output_dir, "--train_batch_size", "1", "--keep_interval", "2", *more)
+    def run(output_dir: Path, *more: str) -> dict[str, Any]:
+        """The last state of the schedule, whose cosine ends with the run."""
+        cosine = ["--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--lr", "1e-3"]
+        flags = train_flags(output_dir, "--train_batch_size", "1", "--keep_interval", "2", *cosine, *more)
         command = [*launcher, str(PACKAGE / "train.py"), *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stderr
+        last = max(output_dir.glob("checkpoint-*"), key=lambda path: path.name)
+        return load_checkpoint_file(last / "scheduler.bin")
 
-    run(tmp_path / "whole", "--max_train_steps", "4")
-    run(tmp_path / "halves", "--max_train_steps", "2")
+    whole = run(tmp_path / "whole", "--max_train_steps", "4")
+    assert whole["last_epoch"] == 4 and whole["_last_lr"] == pytest.approx([0, 0], abs=1e-12)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "halves" / "checkpoint-2")
     run(tmp_path / "halves", "--max_train_steps", "4")
     assert_same_run(tmp_path / "whole", tmp_path / "halves", 4)
     states = [
         load_checkpoint_file(tmp_path / "whole" / "checkpoint-4" / f"random_states_{rank}.pkl") for rank in (0, 1)
     ]
     assert not torch.equal(states[0]["torch_manual_seed"], states[1]["torch_manual_seed"])
+    # As released: a step per process, so that two processes come to the peak again.
+    released = run(tmp_path / "released", "--max_train_steps", "2", "--scheduler_steps_per_process")
+    assert released["last_epoch"] == 4 and released["_last_lr"] == pytest.approx([1e-3, 1e-3])
 
 
 @pytest.mark.slow
