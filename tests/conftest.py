@@ -15,12 +15,6 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def packages(root: Path) -> dict[str, Path]:
-    """Import name -> source folder of every workspace member."""
-    return {path.name: path / "src" / path.name for path in sorted((root / "packages").iterdir()) if path.is_dir()}
-
-
-@pytest.fixture(scope="session")
 def members(root: Path) -> list[Path]:
     """Folders of the workspace's members."""
     patterns = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["workspace"][
