@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dp_gen.annotate import build_prompt, main, reject_response, select_rows
+from dp_gen.annotation.prompts import sentence_of
 from tbps_world.practice.faults import FaultyServer
 from tbps_world.practice.server import PracticeServer
 
@@ -110,11 +111,21 @@ def test_selection_keeps_the_last_row(n: int, start: int, end: int, expected: ra
         ("She can modify the sentence, and wears a white skirt.", False),
         ("Here is the Rewritten Prompt: a woman in a white skirt.", True),
         ("Please REPLACE a commonly used requirement in the text.", True),
+        ("It is the list of attributes that you gave: gold hair, a white skirt.", True),
+        ("A lady with gold hair is dressed in a white skirt. Keep everything else.", True),
         ("A lady with gold hair is dressed in a white skirt, complemented by sandals.", False),
+        ("A man promptly walks by: he keeps a bag in his hand, and puts on a cap.", False),
     ],
 )
 def test_rejection_looks_at_the_reply(reply: str, rejected: bool) -> None:
     assert reject_response(reply) is rejected
+
+
+@pytest.mark.parametrize(
+    "reply", ["A lady in white.", ' "A lady in white."\n', "Rewritten sentence: A lady in white.", "“A lady in white.”"]
+)
+def test_only_the_caption_of_a_reply_is_kept(reply: str) -> None:
+    assert sentence_of(reply) == "A lady in white."
 
 
 def test_the_prompt_is_plain_text_and_braces_are_characters() -> None:

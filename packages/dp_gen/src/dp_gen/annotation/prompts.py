@@ -1,27 +1,19 @@
-"""What the chat model is asked, and which of its answers are no captions."""
+"""What the chat model is asked, and which of its answers are not captions."""
 
+import re
 from typing import Any
 
 SHORTEST_REPLY = 30
 
-# An answer that talks about the task instead of doing it.
-REJECTED_PHRASES = (
-    "sorry",
-    "抱歉",
-    "given prompt",
-    "new prompt",
-    "modified prompt",
-    "translated prompt",
-    "rewritten prompt",
-    "created prompt",
-    "updated prompt",
-    "replace a commonly used requirement",
-    "if the original problem can be solved with only a",
-    "modify the given programming",
-    "propose higher time or space complexity",
-    "modify the programming test",
+# An answer that talks about the task instead of doing it, or gives the instruction back.
+_NOT_A_CAPTION = re.compile(
+    r"sorry|抱歉"
+    r"|\bprompts?\b"
+    r"|rewritten sentence|list of attributes|the listed one"
+    r"|(?:^|[.!?:]\s+)(?:please\s+)?(?:modify|rewrite|replace|propose|put|keep|answer|if)\b",
+    re.IGNORECASE,
 )
-REJECTED_STARTS = ("modify the",)
+_CUE = "Rewritten sentence:"
 
 _PROMPT = """\
 Below is a sentence that describes a pedestrian, and a list of attributes that the pedestrian has now. Rewrite the \
@@ -47,25 +39,24 @@ def build_prompt(row: dict[str, Any]) -> str:
 
 
 def reject_response(reply: str) -> bool:
-    """Whether a reply is no caption: too short, an apology, or an echo of the instruction."""
-    text = reply.strip().lower()
-    if len(text) < SHORTEST_REPLY or text.startswith(REJECTED_STARTS):
-        return True
-    return any(phrase in text for phrase in REJECTED_PHRASES)
+    """Whether a reply is not a caption: too short, an apology, or talk about the instruction."""
+    return rejection_reason(reply) is not None
 
 
-def rejection_reason(reply: str) -> str:
-    """In words, for the side file."""
-    text = reply.strip().lower()
+def rejection_reason(reply: str) -> str | None:
+    """Why a reply is not a caption, for the side file; None for a caption."""
+    text = reply.strip()
     if len(text) < SHORTEST_REPLY:
         return f"the answer is shorter than {SHORTEST_REPLY} characters"
-    found = next((phrase for phrase in (*REJECTED_PHRASES, *REJECTED_STARTS) if phrase in text), "")
-    return f"the answer is no caption: it says {found!r}"
+    found = _NOT_A_CAPTION.search(text)
+    return f"the answer is not a caption: it says {found[0].lower()!r}" if found else None
 
 
 def sentence_of(reply: str) -> str:
-    """The caption in a reply: without space around it, and without quotation marks around the whole."""
+    """The caption in a reply: without the prompt's last words, space around it, or quotation marks around the whole."""
     text = reply.strip()
+    if text.lower().startswith(_CUE.lower()):
+        text = text[len(_CUE) :].strip()
     for opening, closing in (('"', '"'), ("“", "”")):
         inner = text[1:-1]
         if (
