@@ -13,7 +13,6 @@ import pytest
 NOT_YET = {
     "cmlfa": {"one training loop"},
     "diana": {"no circles", "one training loop"},
-    "dp_gen": {"no circles", "one training loop"},
     "fafa": {"no circles", "one training loop"},
     "mra": {"no circles", "one training loop"},
 }

@@ -12,10 +12,8 @@ if __name__ == "__main__":
     parse_args()  # answers --help, and refuses unknown flags, before torch is imported
 
 import argparse
-import importlib.util
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,7 +32,6 @@ from accelerate.utils import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import dp_gen
 from dp_gen.data.dataset import DiversePersonDataset, collate_fn
@@ -56,19 +53,18 @@ from dp_gen.resume import (
     save_checkpoint,
     save_weights_of,
 )
+from dp_gen.tracking import PROJECT, LossHistory, trackers
 from tbps_common.errors import InputError
 from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems, item_seed, replaced_items
 from tbps_common.run.command import command
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, broadcast_object
+from tbps_common.run.progress import progress_bar
 from tbps_common.run.randomness import seed_worker
 from tbps_common.run.session import Run, training_run
 from tbps_common.run.stop import FiniteLoss
 
-PROJECT = "DiversePerson"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Names of the model's losses, and the tags under which the released code logs them.
-TAGS = {"loss": "train_loss", "denoise_loss": "denoise_loss", "localization_loss": "localization_loss"}
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +144,8 @@ def train(args: argparse.Namespace) -> int:
         history = LossHistory(accelerator, finite)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         stopped = False
-        with progress(args, position, run) as bar, attention_kernels(args):
+        bar = progress_bar(args.max_train_steps, initial=position.step, unit="update", enabled=run.is_main)
+        with bar, attention_kernels(args):
             network.train()
             for batches in updates(run, loader, order, position, args, accelerator.device):
                 losses: dict[str, Any] = {}
@@ -278,14 +275,6 @@ def build_accelerator(args: argparse.Namespace, ranks: Ranks) -> Accelerator:
     return accelerator
 
 
-def trackers(report_to: str | None) -> list[Any] | None:
-    """Trackers of `--report_to`; by default TensorBoard where it is installed."""
-    if report_to is None:
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else None
-    names = [name.strip() for name in report_to.split(",") if name.strip()]
-    return None if names == ["none"] or not names else names
-
-
 def choose_seed(args: argparse.Namespace, source: Path | None) -> int:
     """`--seed`, or that of the run which is resumed, or a new one."""
     if args.seed is not None:
@@ -359,12 +348,6 @@ def open_output(
     accelerator.init_trackers(PROJECT, config=flags, init_kwargs={"tensorboard": {"purge_step": first}})
 
 
-def progress(args: argparse.Namespace, position: Position, run: Run) -> "tqdm[Any]":
-    """A bar on a terminal; the log lines are enough elsewhere."""
-    disable = None if run.is_main else True
-    return tqdm(total=args.max_train_steps, initial=position.step, unit="update", disable=disable)
-
-
 def report_replaced(replaced: ReplacedItems | None, dataset: DiversePersonDataset) -> None:
     """Name images that could not be read since the last time; every process must call it."""
     if replaced is not None and (sentence := replaced.report(dataset.image_path)):
@@ -385,57 +368,6 @@ def attention_kernels(args: argparse.Namespace) -> AbstractContextManager[Any]:
     if not args.disable_flashattention:
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])
-
-
-class LossHistory:
-    """The losses of updates, kept on the device and read back once in a while: an update never waits for the host.
-
-    Args:
-        accelerator: its trackers receive one point per update.
-        finite: is asked before anything is shown.
-    """
-
-    def __init__(self, accelerator: Accelerator, finite: FiniteLoss):
-        self.accelerator, self.finite = accelerator, finite
-        self._updates: list[tuple[int, float]] = []
-        self._rows: list[Tensor] = []
-        self._names: list[str] = []
-        self._samples, self._since = 0, time.perf_counter()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, step: int, losses: Mapping[str, Tensor], grad_norm: Tensor, lr: float, samples: int) -> None:
-        """Note an update: its number, its mean losses, and the samples it used on this process."""
-        self._names = [name for name in TAGS if name in losses]
-        self._rows.append(torch.stack([*(losses[name].detach().float() for name in self._names), grad_norm.float()]))
-        self._updates.append((step, lr))
-        self._samples += samples * self.accelerator.num_processes
-
-    def report(self, bar: "tqdm[Any]") -> None:
-        """Send the noted updates, averaged over the processes, to the trackers, and show the last one.
-
-        Every process must call it.
-
-        Raises:
-            FloatingPointError: a loss was not finite.
-        """
-        self.finite.require()
-        if not self._rows:
-            return
-        rows = self.accelerator.reduce(torch.stack(self._rows), reduction="mean").tolist()  # type: ignore[union-attr]
-        rate = self._samples / max(time.perf_counter() - self._since, 1e-9)
-        values: dict[str, float] = {}
-        for (step, lr), row in zip(self._updates, rows):
-            values = {TAGS[name]: value for name, value in zip(self._names, row)} | {"grad_norm": row[-1], "lr": lr}
-            if step == self._updates[-1][0]:
-                values["images_per_s"] = rate
-            self.accelerator.log(values, step=step)
-        shown = {"l_noise": "denoise_loss", "lr": "lr", "l_loc": "localization_loss"}
-        bar.set_postfix({short: values.get(name, 0.0) for short, name in shown.items()}, refresh=False)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d/%d: %s", self._updates[-1][0], bar.total, text)
-        self._updates, self._rows, self._samples, self._since = [], [], 0, time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -40,16 +40,16 @@ def build_prompt(row: dict[str, Any]) -> str:
 
 def reject_response(reply: str) -> bool:
     """Whether a reply is not a caption: too short, an apology, or talk about the instruction."""
-    return rejection_reason(reply) is not None
+    return bool(rejection_reason(reply))
 
 
-def rejection_reason(reply: str) -> str | None:
-    """Why a reply is not a caption, for the side file; None for a caption."""
+def rejection_reason(reply: str) -> str:
+    """Why a reply is not a caption, for the side file; empty for a caption."""
     text = reply.strip()
     if len(text) < SHORTEST_REPLY:
         return f"the answer is shorter than {SHORTEST_REPLY} characters"
     found = _NOT_A_CAPTION.search(text)
-    return f"the answer is not a caption: it says {found[0].lower()!r}" if found else None
+    return f"the answer is not a caption: it says {found[0].lower()!r}" if found else ""
 
 
 def sentence_of(reply: str) -> str:
