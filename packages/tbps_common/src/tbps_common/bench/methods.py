@@ -39,7 +39,7 @@ class Outcome:
 
 def product(features: Features, sizes: Sizes, precision: str) -> None:
     """The bare matrix products into a reused buffer: what no exact method can do without."""
-    from tbps_common.ranking.precision import operand, products
+    from tbps_common.ranking.compute import operand, products
 
     with products(precision, features.query.device):
         query = operand(features.query, torch.float32, precision)
@@ -56,7 +56,7 @@ def product(features: Features, sizes: Sizes, precision: str) -> None:
 
 
 def _blocked_product(query: Tensor, gallery: Tensor, precision: str) -> None:
-    from tbps_common.ranking.precision import operand
+    from tbps_common.ranking.compute import operand
 
     step = max(64, _PRODUCT_BYTES // (4 * len(query)))
     scratch = query.new_empty(step, len(query))
@@ -83,7 +83,7 @@ def ours(features: Features, sizes: Sizes, precision: str) -> Outcome:
 
 def naive(features: Features, sizes: Sizes, precision: str) -> Outcome:
     """Everything at once: all scores of all tokens, `topk` over the tokens, `argsort` over the gallery."""
-    from tbps_common.ranking.precision import operand, products
+    from tbps_common.ranking.compute import operand, products
 
     device = features.query.device
     with products(precision, device):

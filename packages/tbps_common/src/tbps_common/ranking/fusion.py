@@ -13,16 +13,16 @@ processes hold the marker 1000, and the matrices are added up. Rows of process r
 smallest logit of that process, which owns floor(Q / W) + 1 consecutive queries. `legacy_world_size=W` reproduces that.
 """
 
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tbps_common.ranking.inputs import check_count, check_matrix, check_scores
 from tbps_common.ranking.memory import default_row_budget, rows_within
-
-Rows = Callable[[int, int], Tensor]
+from tbps_common.ranking.scores import Rows
+from tbps_common.ranking.sharded import Shards
 
 _LEGACY_MARKER = 1000.0
 
@@ -59,8 +59,7 @@ def rerank(
     fusion = _Fusion(sims.shape[1], topk_index, itm, itm_flip, weight, legacy_world_size)
     if len(sims) != fusion.num_queries:
         raise ValueError(f"sims has {len(sims)} rows but topk_index has {fusion.num_queries}.")
-    fusion.scale_first_stage(low.item(), high.item())
-    return fusion.fuse(sims.detach(), 0)
+    return fusion.fuse(sims.detach(), 0, low.item(), high.item())
 
 
 def rerank_rows(
@@ -73,6 +72,7 @@ def rerank_rows(
     weight: float = 0.002,
     legacy_world_size: int = 1,
     row_budget: int | None = None,
+    group: Any = None,
 ) -> Rows:
     """The same as a callable for `evaluate_rows`, for galleries whose score matrix is too large to hold.
 
@@ -87,6 +87,8 @@ def rerank_rows(
         weight: as for `rerank`.
         legacy_world_size: as for `rerank`.
         row_budget: bytes for one block of rows of the first pass; by default as in `evaluate_rows`.
+        group: a `torch.distributed` group whose processes each hold a shard of the gallery: `rows` and `num_gallery` are
+            those of the own shard, candidates and logits are all, as positions in the shards joined in rank order.
 
     Returns:
         `fused(start, stop) -> [stop - start, G]`.
@@ -95,27 +97,33 @@ def rerank_rows(
         TypeError: as `rerank`.
         ValueError: as `rerank`, or rows of a wrong shape.
     """
-    fusion = _Fusion(num_gallery, topk_index, itm, itm_flip, weight, legacy_world_size)
-    if row_budget is None:
-        row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
-    itemsize = getattr(rows, "dtype", torch.float64).itemsize
-    size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
-    low, high = float("inf"), float("-inf")
-    for start in range(0, fusion.num_queries, size):
-        stop = min(start + size, fusion.num_queries)
-        block = rows(start, stop)
-        if tuple(block.shape) != (stop - start, num_gallery):
-            raise ValueError(
-                f"rows({start}, {stop}) must return shape {[stop - start, num_gallery]}, got {list(block.shape)}."
-            )
-        check_scores(block, start)
-        lowest, highest = torch.aminmax(block.detach())
-        low, high = min(low, lowest.item()), max(high, highest.item())
-        del block
-    fusion.scale_first_stage(low, high)
+    shards = Shards(group)
+    with shards.together():
+        check_count(num_gallery, "num_gallery", 1 if group is None else 0)
+    sizes = [int(size[0]) for size in shards.gather(np.array([num_gallery]))]
+    with shards.together():
+        offset = sum(sizes[: shards.index])
+        fusion = _Fusion(sum(sizes), topk_index, itm, itm_flip, weight, legacy_world_size, offset)
+        if row_budget is None:
+            row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
+        itemsize = getattr(rows, "dtype", torch.float32).itemsize
+        size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
+        extremes = [float("inf"), float("-inf")]
+        for start in range(0, fusion.num_queries, size) if num_gallery else ():
+            stop = min(start + size, fusion.num_queries)
+            block = rows(start, stop)
+            if tuple(block.shape) != (stop - start, num_gallery):
+                raise ValueError(
+                    f"rows({start}, {stop}) must return shape {[stop - start, num_gallery]}, got {list(block.shape)}."
+                )
+            check_scores(block, start)
+            lowest, highest = torch.aminmax(block.detach())
+            extremes = [min(extremes[0], lowest.item()), max(extremes[1], highest.item())]
+            del block
+    low, high = (float(value) for value in shards.highest(np.array([-extremes[0], extremes[1]])) * (-1, 1))
 
     def fused(start: int, stop: int) -> Tensor:
-        return fusion.fuse(rows(start, stop).detach(), start)
+        return fusion.fuse(rows(start, stop).detach(), start, low, high)
 
     return fused
 
@@ -131,6 +139,7 @@ class _Fusion:
         itm_flip: Any,
         weight: float,
         legacy_world_size: int,
+        offset: int = 0,
     ) -> None:
         check_count(num_gallery, "num_gallery", 1)
         world = check_count(legacy_world_size, "legacy_world_size", 1)
@@ -152,24 +161,29 @@ class _Fusion:
                 raise ValueError(f"{name} holds NaN or infinity.")
             parts.append(_normalised(logits, num_gallery, world))
         self.matching, self.fill = (torch.stack(values).mean(dim=0) for values in zip(*parts))
-        self._weight = float(weight) * world
-        self._low, self._scale = 0.0, 0.0
+        self._weight, self._offset = float(weight) * world, offset
 
-    def scale_first_stage(self, low: float, high: float) -> None:
-        """Set the range of S over the whole matrix."""
-        self._low, self._scale = low, self._weight / (high - low) if high > low else 0.0
+    def fuse(self, sims: Tensor, start: int, low: float, high: float) -> Tensor:
+        """Fused scores of some rows of S, a new tensor.
 
-    def fuse(self, sims: Tensor, start: int) -> Tensor:
-        """Fused scores of consecutive rows of S, the first of them query `start`; a new tensor."""
+        Args:
+            sims: consecutive rows, with the columns from `offset` on.
+            start: the query of the first row.
+            low: the smallest score of the whole matrix.
+            high: the largest.
+        """
         scores = sims.to(torch.float64 if sims.dtype == torch.float64 else torch.float32, copy=True)
-        scores.sub_(self._low).mul_(self._scale)
+        scores.sub_(low).mul_(self._weight / (high - low) if high > low else 0.0)
         part = slice(start, start + len(scores))
-        candidates, matching, fill = (
-            values[part].to(scores.device) for values in (self.candidates, self.matching, self.fill)
+        columns, matching, fill = (
+            values[part].to(scores.device) for values in (self.candidates - self._offset, self.matching, self.fill)
         )
-        first_stage = scores.gather(1, candidates)
+        row, slot = ((columns >= 0) & (columns < scores.shape[1])).nonzero(as_tuple=True)
+        column = columns[row, slot]
+        judged = scores[row, column] + matching.to(scores.dtype)[row, slot]
         scores += fill.to(scores.dtype)
-        return scores.scatter_(1, candidates, first_stage + matching.to(scores.dtype))
+        scores[row, column] = judged
+        return scores
 
 
 def _check_candidates(topk_index: Any, num_gallery: int) -> Tensor:
