@@ -9,7 +9,7 @@ from typing import Any
 
 from tbps_common.arguments import HelpFormatter
 from tbps_common.command import command
-from tbps_common.datasets.folder import Folder
+from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
 
 DESCRIPTION = """\
@@ -168,7 +168,7 @@ def _write(
     out: Path, base: list[dict[str, Any]], records: list[tuple[dict[str, Any], str]], args: argparse.Namespace
 ) -> None:
     """Everything under another name first, so that a part is never taken for the whole."""
-    from tbps_common.datasets.convert import one_record_per_line
+    from tbps_common.datasets.finetune import one_record_per_line
     from tbps_common.files import write_text
 
     part = out / f".{NAME}.tmp{os.getpid()}"

@@ -29,7 +29,7 @@ from fafa.syncpr.records import (
     pair_key,
 )
 from tbps_common.arguments import number, whole_number
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.stages import Dropped, StageOutcome, begin_manifest, finish_manifest, manifest_path, run_stage

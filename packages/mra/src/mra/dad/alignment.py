@@ -21,7 +21,7 @@ from mra.dad.models import choose_dtype
 from mra.dad.pairs import Pairs
 from mra.dad.work import digest, versions
 from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
-from tbps_common.datasets.processed import ProcessedTrain
+from tbps_common.datasets import ProcessedTrain
 from tbps_common.device import device_sentence
 from tbps_common.distributed import Ranks, barrier, broadcast_object
 from tbps_common.errors import CheckpointError, InputError

@@ -90,7 +90,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from tbps_common.datasets.convert import convert_to_finetune, link_images
+    from tbps_common.datasets.finetune import convert_to_finetune, link_images
 
     for path in convert_to_finetune(arguments.dataset, arguments.root_dir, arguments.out):
         print(path)
