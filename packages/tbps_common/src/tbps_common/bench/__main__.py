@@ -9,8 +9,7 @@ python -m tbps_common.bench --preset icfg --against naive,torchmetrics,faiss,pml
 import argparse
 import sys
 
-from tbps_common.bench.catalogue import COMPARED
-from tbps_common.bench.presets import PRESETS, REDUCTIONS, chosen_sizes
+from tbps_common.bench.sizes import COMPARED, PRESETS, REDUCTIONS, chosen_sizes
 from tbps_common.command import command
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
@@ -76,8 +75,7 @@ def main(argv: list[str]) -> int:
     if arguments.threads < 0:
         raise InputError(f"--threads must be at least 1, got {arguments.threads}.")
 
-    from tbps_common.bench.compare import compare
-    from tbps_common.bench.report import render
+    from tbps_common.bench.compare import compare, render
 
     report = compare(
         arguments.preset,
