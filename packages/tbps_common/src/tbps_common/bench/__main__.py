@@ -33,15 +33,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--positives", type=_range, metavar="LO,HI", help="gallery images of one identity")
     parser.add_argument("--reduce", choices=REDUCTIONS, help="how tokens or attributes become one score")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to score (default: cpu)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--precision", choices=("highest", "tf32", "bfloat16"), default="highest")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the best of N calls counts (default: 3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="calls of each method, of which the best counts (default: 3)",
+    )
     parser.add_argument(
         "--against",
         type=_names,
         default=("naive",),
         metavar="NAMES",
-        help=f"methods to compare with, separated by commas, out of {', '.join(COMPARED)} (default: naive)",
+        help=f"methods to compare with, separated by commas: {', '.join(COMPARED)} (default: naive)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
     return parser

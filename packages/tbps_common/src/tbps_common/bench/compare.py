@@ -47,7 +47,7 @@ def compare(
     Returns:
         Plain types only. `methods[name]` has `wall_s`, `cpu_s` and `peak_mb` as measured, `queries` run, `scaled` (fewer
         than all), `metrics`, and `agrees` with this package on the same queries. `ratios` compare CPU seconds (wall
-        seconds on CUDA) scaled to all queries. `absent` tells why a method did not run.
+        seconds on CUDA) scaled to all queries. `absent` gives the reason why a method did not run.
 
     Raises:
         InputError: CUDA asked for where there is none.

@@ -54,12 +54,19 @@ def rerank(
         ValueError: shapes that do not fit, positions outside the gallery or repeated, NaN or infinity.
     """
     check_matrix(sims)
-    check_scores(sims, 0)
-    low, high = torch.aminmax(sims.detach())
-    fusion = _Fusion(sims.shape[1], topk_index, itm, itm_flip, weight, legacy_world_size)
-    if len(sims) != fusion.num_queries:
-        raise ValueError(f"sims has {len(sims)} rows but topk_index has {fusion.num_queries}.")
-    return fusion.fuse(sims.detach(), 0, low.item(), high.item())
+    if isinstance(topk_index, Tensor) and topk_index.dim() == 2 and len(topk_index) != len(sims):
+        raise ValueError(f"sims has {len(sims)} rows but topk_index has {len(topk_index)}.")
+    fused = rerank_rows(
+        lambda start, stop: sims[start:stop],
+        sims.shape[1],
+        topk_index,
+        itm,
+        itm_flip=itm_flip,
+        weight=weight,
+        legacy_world_size=legacy_world_size,
+        row_budget=sims.numel() * sims.element_size(),
+    )
+    return fused(0, len(sims))
 
 
 def rerank_rows(
@@ -100,90 +107,66 @@ def rerank_rows(
     shards = Shards(group)
     with shards.together():
         check_count(num_gallery, "num_gallery", 1 if group is None else 0)
+        world = check_count(legacy_world_size, "legacy_world_size", 1)
     sizes = [int(size[0]) for size in shards.gather(np.array([num_gallery]))]
     with shards.together():
-        offset = sum(sizes[: shards.index])
-        fusion = _Fusion(sum(sizes), topk_index, itm, itm_flip, weight, legacy_world_size, offset)
-        if row_budget is None:
-            row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
-        itemsize = getattr(rows, "dtype", torch.float32).itemsize
-        size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
-        extremes = [float("inf"), float("-inf")]
-        for start in range(0, fusion.num_queries, size) if num_gallery else ():
-            stop = min(start + size, fusion.num_queries)
-            block = rows(start, stop)
-            if tuple(block.shape) != (stop - start, num_gallery):
-                raise ValueError(
-                    f"rows({start}, {stop}) must return shape {[stop - start, num_gallery]}, got {list(block.shape)}."
-                )
-            check_scores(block, start)
-            lowest, highest = torch.aminmax(block.detach())
-            extremes = [min(extremes[0], lowest.item()), max(extremes[1], highest.item())]
-            del block
-    low, high = (float(value) for value in shards.highest(np.array([-extremes[0], extremes[1]])) * (-1, 1))
+        candidates = _check_candidates(topk_index, sum(sizes))
+        logits = [_check_logits(itm, "itm", candidates)]
+        if itm_flip is not None:
+            logits.append(_check_logits(itm_flip, "itm_flip", candidates))
+        matching, fill = (torch.stack(both).mean(dim=0) for both in zip(*(_normalised(z, world) for z in logits)))
+        lowest, highest = _range(rows, len(candidates), num_gallery, row_budget)
+    low, high = (float(value) for value in shards.highest(np.array([-lowest, highest])) * (-1, 1))
+    scale = float(weight) * world / (high - low) if high > low else 0.0
+    candidates = candidates - sum(sizes[: shards.index])  # those of other shards lie outside the own columns
 
     def fused(start: int, stop: int) -> Tensor:
-        return fusion.fuse(rows(start, stop).detach(), start, low, high)
+        block = rows(start, stop).detach()
+        scores = block.to(torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True)
+        scores.sub_(low).mul_(scale)
+        columns, own_matching, own_fill = (part[start:stop].to(scores.device) for part in (candidates, matching, fill))
+        row, slot = ((columns >= 0) & (columns < num_gallery)).nonzero(as_tuple=True)
+        column = columns[row, slot]
+        judged = scores[row, column] + own_matching.to(scores.dtype)[row, slot]
+        scores += own_fill.to(scores.dtype)
+        scores[row, column] = judged
+        return scores
 
     return fused
 
 
-class _Fusion:
-    """Normalised matching scores of the candidates and the fill of every other column, row by row."""
+def _range(rows: Rows, num_queries: int, num_gallery: int, row_budget: int | None) -> tuple[float, float]:
+    """The smallest and the largest first-stage score of this process."""
+    low, high = float("inf"), float("-inf")
+    if row_budget is None:
+        row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
+    itemsize = getattr(rows, "dtype", torch.float32).itemsize
+    size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
+    for start in range(0, num_queries, size) if num_gallery else ():
+        stop = min(start + size, num_queries)
+        block = rows(start, stop)
+        if tuple(block.shape) != (stop - start, num_gallery):
+            raise ValueError(
+                f"rows({start}, {stop}) must return shape {[stop - start, num_gallery]}, got {list(block.shape)}."
+            )
+        check_scores(block, start)
+        lowest, highest = torch.aminmax(block.detach())
+        low, high = min(low, lowest.item()), max(high, highest.item())
+        del block
+    return low, high
 
-    def __init__(
-        self,
-        num_gallery: int,
-        topk_index: Any,
-        itm: Any,
-        itm_flip: Any,
-        weight: float,
-        legacy_world_size: int,
-        offset: int = 0,
-    ) -> None:
-        check_count(num_gallery, "num_gallery", 1)
-        world = check_count(legacy_world_size, "legacy_world_size", 1)
-        self.candidates = _check_candidates(topk_index, num_gallery)
-        self.num_queries = len(self.candidates)
-        given = [("itm", itm)] + ([] if itm_flip is None else [("itm_flip", itm_flip)])
-        parts = []
-        for name, logits in given:
-            if not isinstance(logits, Tensor) or not logits.is_floating_point():
-                raise TypeError(
-                    f"{name} must be a floating-point tensor, got {getattr(logits, 'dtype', type(logits))}."
-                )
-            if logits.shape != self.candidates.shape:
-                raise ValueError(
-                    f"{name} must have the shape of topk_index, {list(self.candidates.shape)}, got {list(logits.shape)}."
-                )
-            logits = logits.detach().to(self.candidates.device, torch.float64)
-            if not bool(torch.isfinite(logits).all()):
-                raise ValueError(f"{name} holds NaN or infinity.")
-            parts.append(_normalised(logits, num_gallery, world))
-        self.matching, self.fill = (torch.stack(values).mean(dim=0) for values in zip(*parts))
-        self._weight, self._offset = float(weight) * world, offset
 
-    def fuse(self, sims: Tensor, start: int, low: float, high: float) -> Tensor:
-        """Fused scores of some rows of S, a new tensor.
-
-        Args:
-            sims: consecutive rows, with the columns from `offset` on.
-            start: the query of the first row.
-            low: the smallest score of the whole matrix.
-            high: the largest.
-        """
-        scores = sims.to(torch.float64 if sims.dtype == torch.float64 else torch.float32, copy=True)
-        scores.sub_(low).mul_(self._weight / (high - low) if high > low else 0.0)
-        part = slice(start, start + len(scores))
-        columns, matching, fill = (
-            values[part].to(scores.device) for values in (self.candidates - self._offset, self.matching, self.fill)
+def _check_logits(logits: Any, name: str, candidates: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(logits, 'dtype', type(logits))}.")
+    if logits.shape != candidates.shape:
+        raise ValueError(
+            f"{name} must have the shape of topk_index, {list(candidates.shape)}, got {list(logits.shape)}."
         )
-        row, slot = ((columns >= 0) & (columns < scores.shape[1])).nonzero(as_tuple=True)
-        column = columns[row, slot]
-        judged = scores[row, column] + matching.to(scores.dtype)[row, slot]
-        scores += fill.to(scores.dtype)
-        scores[row, column] = judged
-        return scores
+    logits = logits.detach().to(candidates.device, torch.float64)
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(f"{name} holds NaN or infinity.")
+    return logits
 
 
 def _check_candidates(topk_index: Any, num_gallery: int) -> Tensor:
@@ -203,7 +186,7 @@ def _check_candidates(topk_index: Any, num_gallery: int) -> Tensor:
     return candidates
 
 
-def _normalised(logits: Tensor, num_gallery: int, world: int) -> tuple[Tensor, Tensor]:
+def _normalised(logits: Tensor, world: int) -> tuple[Tensor, Tensor]:
     """Normalised logits `[Q, k]` and normalised row fill `[Q, 1]`.
 
     The fill is the smallest logit of its row, so the range over the whole matrix is the range of the logits.
