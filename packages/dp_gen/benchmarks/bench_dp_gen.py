@@ -1,20 +1,20 @@
-"""`python packages/dp_gen/benchmarks/bench_dp_gen.py`: a training step, its parts, and annotation; each against another form, in one process.
+"""`python packages/dp_gen/benchmarks/bench_dp_gen.py`: a training step, its parts, and annotation, each against another form.
 
 The direct form of a step, like the released code, encodes every reference slot, padding too, waits for the host to read
-each loss, updates the parameters one tensor at a time, and calls the garbage collector every time. Both forms run
-interleaved on the same weights, data and noise; the fastest of the repeats counts. Times on the CPU are CPU times, which
-other programs hardly disturb; on a GPU they are wall times. The losses of both must be equal, because a saving that
-changes them is none. The annotation is timed by the clock, against a server on this machine that takes its time for each answer;
-the two outputs must be equal.
+each loss, updates the parameters one tensor at a time, and calls the garbage collector every time. Both forms take turns
+in one process on the same weights, data and noise; the fastest of the repeats counts. Times on the CPU are CPU times, which
+other programs hardly disturb; on a GPU they are wall times. The losses of both must be equal: a saving that changes them
+does not count. Annotation is wall time, against a server on this machine that takes its time for each answer; the two
+outputs must be equal.
 """
 
 import argparse
 import platform
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tbps_common.bench.timer import Cost, measure
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
 from tbps_common.run.command import command
 
@@ -134,12 +134,12 @@ def training_step(args: argparse.Namespace) -> list[Row]:
             with FlopCounterMode(display=False) as counter:
                 forward(model, encode_all)
             flops[name] = counter.get_total_flops() / 1e9 / args.batch_size
-    direct_ms, ours_ms = fastest(args, direct_step, step)
+    costs = measure({"direct": direct_step, "ours": step}, repeats=args.repeats, device=args.device)
     allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
     if abs(losses["ours"] - losses["direct"]) > allowed * abs(losses["direct"]):
         raise InputError(f"the losses of both forms differ: {losses['ours']:.6g} and {losses['direct']:.6g}")
     return [
-        {"what": "training step, ms", "ours": ours_ms, "other": direct_ms, "form": "direct form"},
+        duration_row("training step, ms", costs["ours"], costs["direct"], "direct form"),
         {
             "what": "forward GFLOP per sample",
             "ours": flops["ours"],
@@ -147,7 +147,7 @@ def training_step(args: argparse.Namespace) -> list[Row]:
             "form": "every slot encoded",
         },
         {"what": "loss of the first step", "ours": losses["ours"], "other": losses["direct"], "form": "direct form"},
-        *memory_row(args, "training step", step, direct_step, "direct form"),
+        *memory_row(args, "training step", costs["ours"], costs["direct"], "direct form"),
     ]
 
 
@@ -199,11 +199,11 @@ def capture_cost(args: argparse.Namespace) -> list[Row]:
         found.square().mean().backward()
         model.unet.zero_grad()
 
-    captured_ms, fused_ms = fastest(args, captured, fused)
-    form = "fused kernel, nothing captured"
+    costs = measure({"captured": captured, "fused": fused}, repeats=args.repeats, device=args.device)
+    what, form = "U-Net step, attention captured", "fused kernel, nothing captured"
     return [
-        {"what": "U-Net step, attention captured, ms", "ours": captured_ms, "other": fused_ms, "form": form},
-        *memory_row(args, "U-Net step, attention captured", captured, fused, form),
+        duration_row(f"{what}, ms", costs["captured"], costs["fused"], form),
+        *memory_row(args, what, costs["captured"], costs["fused"], form),
     ]
 
 
@@ -330,43 +330,15 @@ def random_batch(
     return {name: tensor.to(args.device) for name, tensor in batch.items()}, draws, scheduler
 
 
-def fastest(args: argparse.Namespace, *forms: Callable[[], None]) -> list[float]:
-    """Milliseconds of each form: the fastest of interleaved repeats, after one that does not count."""
-    import torch
-
-    on_gpu = args.device == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-    best = [float("inf")] * len(forms)
-    for repeat in range(args.repeats + 1):
-        for place, form in enumerate(forms):
-            if on_gpu:
-                torch.cuda.synchronize()
-            began = clock()
-            form()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if repeat:
-                best[place] = min(best[place], (clock() - began) * 1e3)
-    return best
+def duration_row(what: str, ours: Cost, other: Cost, form: str) -> Row:
+    return {"what": what, "ours": ours.milliseconds, "other": other.milliseconds, "form": form}
 
 
-def memory_row(
-    args: argparse.Namespace, what: str, ours: Callable[[], None], other: Callable[[], None], form: str
-) -> list[Row]:
+def memory_row(args: argparse.Namespace, what: str, ours: Cost, other: Cost, form: str) -> list[Row]:
     """MiB that both forms need on the GPU at their peak, beyond what is there before (weights, optimizer state)."""
-    import torch
-
     if args.device != "cuda":
         return []
-    peaks = []
-    for run in (ours, other):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
-    return [{"what": f"{what}, peak MiB", "ours": peaks[0], "other": peaks[1], "form": form}]
+    return [{"what": f"{what}, peak MiB", "ours": ours.peak_mib, "other": other.peak_mib, "form": form}]
 
 
 if __name__ == "__main__":
