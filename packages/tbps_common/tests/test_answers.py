@@ -71,7 +71,7 @@ def test_an_answer_without_a_final_part_is_rejected(text: str) -> None:
     [
         "Here is a man with two bags: a red one and a blue one.",
         "Sure-footed, the man walks over ice.",
-        "The man's sign says \"no <b> tags\" in 3*4 letters.",
+        'The man\'s sign says "no <b> tags" in 3*4 letters.',
         "Okayama written on her shirt, she walks away.",
         '"Left" is on one shoe, on the other "right"',
     ],
@@ -82,7 +82,12 @@ def test_what_belongs_to_the_answer_stays(text: str) -> None:
 
 def test_json_is_found_wherever_it_stands() -> None:
     answer = json.dumps(VERDICT)
-    for text in (answer, f"```json\n{answer}\n```", f"I looked at [1] and {{x}}. {answer} Done.", "{not} " * 40 + answer):
+    for text in (
+        answer,
+        f"```json\n{answer}\n```",
+        f"I looked at [1] and {{x}}. {answer} Done.",
+        "{not} " * 40 + answer,
+    ):
         assert list(json_values(final_answer(text)))[-1] == VERDICT
     draft = f"<think>At first sight {json.dumps({'fits': False})}, but no.</think>{answer}"
     assert list(json_values(final_answer(draft))) == [VERDICT]

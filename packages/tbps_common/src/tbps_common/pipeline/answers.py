@@ -34,12 +34,13 @@ _LABEL = re.compile(
     r"(?:answer|sentence|caption|description|question|output|response|result|assistant|user|witness)\s*:\s*",
     re.IGNORECASE,
 )
-_FAREWELL = re.compile(r"\n\s*(?:let me know|i hope|feel free|is there anything|please let me)\b[^\n]*\s*\Z", re.IGNORECASE)
+_FAREWELL = re.compile(
+    r"\n\s*(?:let me know|i hope|feel free|is there anything|please let me)\b[^\n]*\s*\Z", re.IGNORECASE
+)
 _EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
 
 _JSON_START = re.compile(r'\{\s*["}]|\[\s*[\[\]{"\-\dtfn]')
-_BRACKETS = re.compile(r"[\[{\s]*")
 
 
 class Rejected(Exception):
@@ -83,8 +84,8 @@ def json_values(text: str) -> Iterator[Any]:
     while found := _JSON_START.search(text, place):
         try:
             value, place = decoder.raw_decode(text, found.start())
-        except RecursionError:
-            place = _BRACKETS.match(text, found.start()).end()  # type: ignore[union-attr]
+        except RecursionError:  # no answer is nested that deeply
+            return
         except ValueError:
             place = found.start() + 1
         else:

@@ -28,7 +28,9 @@ def require_libraries(command: str, extra: str, *libraries: str) -> None:
     """
     absent = [name for name in libraries if importlib.util.find_spec(name) is None]
     if absent:
-        raise InputError(f"{command} needs {', '.join(absent)}: run  pip install '{extra}'  from the root of the checkout")
+        raise InputError(
+            f"{command} needs {', '.join(absent)}: run  pip install '{extra}'  from the root of the checkout"
+        )
 
 
 def require_model(flag: str, name: str, *markers: str) -> None:
