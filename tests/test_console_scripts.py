@@ -9,6 +9,7 @@ import pytest
 
 HEAVY = ("torch", "torchvision", "open_clip", "transformers", "diffusers", "matplotlib.pyplot")
 MEMBERS = sorted(path.name for path in (Path(__file__).resolve().parents[1] / "packages").iterdir() if path.is_dir())
+MEMBERS.append("tbps_world")
 
 
 def console_scripts() -> list[EntryPoint]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cmlfa import build_model, get_args, load_checkpoint
-from cmlfa.model import CMLFA, write_tiny_clip
+from cmlfa.model import CMLFA
+from tbps_world.tiny.clip import write_tiny_clip
 
 # A CLIP with so few words that the token table is small; its ids are made by hand in the tests.
 TOY_VOCABULARY = 96

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmlfa.bench import direct_masking, direct_metrics, main
+from bench_cmlfa import direct_masking, direct_metrics, main
 from cmlfa.datasets import mask_tokens
 from cmlfa.metrics import rank
 

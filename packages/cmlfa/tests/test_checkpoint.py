@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from cmlfa import build_model, load_checkpoint
 from cmlfa.checkpoint import Checkpointer
-from cmlfa.model import CMLFA, clip_geometry, write_tiny_clip
+from cmlfa.model import CMLFA, clip_geometry
 from cmlfa.model.start_weights import download
 from cmlfa.solver import build_lr_scheduler, build_optimizer
 from tbps_common.errors import CheckpointError, InputError
+from tbps_world.tiny.clip import write_tiny_clip
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ChatPedes and MALS of 12 training and 4 test persons, two pictures each, 64x32 pixels."""
-    from tbps_common.cli import synth_main
+    from tbps_world.cli import synth_main
 
     root = tmp_path_factory.mktemp("diana") / "world"
     flags = ["--out", str(root), "--preset", "tiny", "--ids", "20", "--views", "2", "--height", "64", "--workers", "1"]
@@ -40,10 +40,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What diana-make-tiny writes."""
-    from diana.cli import make_tiny_main
+    from tbps_world.cli import diana_tiny_main
 
     out = tmp_path_factory.mktemp("diana") / "tiny"
-    assert make_tiny_main(["--out", str(out), "--image_size", "64", "32"]) == 0
+    assert diana_tiny_main(["--out", str(out), "--image_size", "64", "32"]) == 0
     return out
 
 

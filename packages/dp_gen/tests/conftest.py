@@ -101,7 +101,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: dict[str, flo
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds tiny models under the names of the paper's command."""
-    from dp_gen.tiny import write_tiny_models
+    from tbps_world.tiny.dp_gen import write_tiny_models
 
     out = tmp_path_factory.mktemp("models")
     write_tiny_models(out, WORDS)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from dp_gen.annotate import build_prompt, main, reject_response, select_rows
-from tbps_common.llm.faults import FaultyServer
-from tbps_common.llm.practice_server import PracticeServer
+from tbps_world.practice.faults import FaultyServer
+from tbps_world.practice.server import PracticeServer
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-0123456789abcdef"
@@ -228,7 +228,7 @@ def test_the_output_must_not_be_the_input(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_wrong_key_stops_the_run_and_is_never_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from tbps_common.llm.practice_server import ChatHandler
+    from tbps_world.practice.server import ChatHandler
 
     class Refusing(ChatHandler):
         def respond(self, request: dict[str, Any], messages: Any) -> None:
@@ -347,7 +347,7 @@ def test_sigterm_saves_what_is_there(tmp_path: Path) -> None:
 
 
 def test_the_practice_server_rewrites_by_the_rule(tmp_path: Path) -> None:
-    from dp_gen.annotation.practice import answer
+    from tbps_world.practice.captions import answer
 
     rows = [
         {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dp_gen import bench
-from dp_gen.bench import main
+import bench_dp_gen as bench
+from bench_dp_gen import main
 
 
 def test_both_forms_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from dp_gen import DiversePersonModel, load_checkpoint, official_state_dict
 from dp_gen.cli import checkpoint_main
-from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
 
 MakeArgs = Callable[..., argparse.Namespace]
 

@@ -19,7 +19,7 @@ from dp_gen.generate import main
 from dp_gen.generation.geometry import Square, at_latent_size, dilate, feather, paste, to_square
 from dp_gen.generation.references import read_pool, rewrite
 from dp_gen.generation.sampling import denoise, edit, last_timesteps
-from tbps_common.cli import synth_main
+from tbps_world.cli import synth_main
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A final folder as train.py leaves it, with random weights, for pictures of 64 x 64."""
     from dp_gen import DiversePersonPipeline, parse_args
-    from dp_gen.tiny import read_lexicon, write_tiny_models
+    from tbps_world.tiny.dp_gen import read_lexicon, write_tiny_models
 
     root = tmp_path_factory.mktemp("models")
     write_tiny_models(root, read_lexicon(None), 0)
@@ -163,10 +163,10 @@ def test_edits_are_annotated_and_packed_as_they_are(
 ) -> None:
     """generate.py, annotate.py and dp-pack on each other's files, the chat model replaced by the rule of the practice server."""
     from dp_gen.annotate import main as annotate
-    from dp_gen.annotation.practice import answer
     from dp_gen.pack import main as pack
     from tbps_common.datasets import CUHKPEDES
-    from tbps_common.llm.practice_server import PracticeServer
+    from tbps_world.practice.captions import answer
+    from tbps_world.practice.server import PracticeServer
 
     monkeypatch.setenv("OPENAI_API_KEY", "none-needed")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

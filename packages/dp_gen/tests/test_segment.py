@@ -17,7 +17,7 @@ from PIL import Image, ImageColor
 from dp_gen.segment import main
 from dp_gen.segmentation.masks import components, large_components, tight_box, type_mask
 from dp_gen.segmentation.phrases import find_phrases, load_lexicon
-from tbps_common.cli import synth_main
+from tbps_world.cli import synth_main
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TYPES = ("hair", "uppercloth", "bottomcloth")

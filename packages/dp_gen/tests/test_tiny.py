@@ -7,10 +7,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from dp_gen import encode_with_image_tokens, load_tokenizer
-from dp_gen.cli import make_tiny_main
-from dp_gen.tiny import byte_symbols, learn_merges
-from dp_gen.tiny_vae import train_images
-from tbps_common.tiny_vae import start_as_mean_colours
+from tbps_world.cli import dp_tiny_main
+from tbps_world.tiny.dp_gen import byte_symbols, learn_merges
+from tbps_world.tiny.dp_gen_vae import train_images
+from tbps_world.tiny.vae import start_as_mean_colours
 
 
 def test_every_word_becomes_one_token() -> None:
@@ -35,7 +35,7 @@ def test_the_byte_table_is_clips() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lexicon = tmp_path / "words.txt"
     lexicon.write_text("a man with brown\nt-shirt coat\n", encoding="utf-8")
-    assert make_tiny_main([str(tmp_path / "out"), "--lexicon", str(lexicon)]) == 0
+    assert dp_tiny_main([str(tmp_path / "out"), "--lexicon", str(lexicon)]) == 0
     folder = tmp_path / "out" / "runwayml" / "stable-diffusion-v1-5"
     tokenizer = load_tokenizer(str(folder))
     ids, mask = encode_with_image_tokens(tokenizer, "A man with brown coat<|image|>")
@@ -45,7 +45,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
     assert size < 2_000_000
     first = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert make_tiny_main([str(tmp_path / "again"), "--lexicon", str(lexicon)]) == 0
+    assert dp_tiny_main([str(tmp_path / "again"), "--lexicon", str(lexicon)]) == 0
     assert (
         first
         == (
@@ -53,7 +53,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ).read_bytes()
     )
     capsys.readouterr()
-    assert make_tiny_main([str(tmp_path / "no"), "--lexicon", str(tmp_path / "absent")]) == 2
+    assert dp_tiny_main([str(tmp_path / "no"), "--lexicon", str(tmp_path / "absent")]) == 2
     assert "--lexicon" in capsys.readouterr().err
 
 
@@ -78,7 +78,7 @@ def test_the_vae_learns(tmp_path: Path, training_folder: Path, capsys: pytest.Ca
     flags = ["--vae_images", str(training_folder), "--vae_resolution", "64", "--vae_updates"]
     errors = []
     for updates in ("1", "40"):
-        assert make_tiny_main([str(tmp_path / updates), *flags, updates]) == 0
+        assert dp_tiny_main([str(tmp_path / updates), *flags, updates]) == 0
         said = next(line for line in capsys.readouterr().out.splitlines() if "mean squared error" in line)
         errors.append(float(said.split(": ")[1].split()[0]))
     assert errors[1] < 0.5 * errors[0]
@@ -89,6 +89,6 @@ def test_the_vae_learns(tmp_path: Path, training_folder: Path, capsys: pytest.Ca
 
 
 def test_unusable_flags_of_the_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_tiny_main([str(tmp_path / "o"), "--vae_images", str(tmp_path / "absent")]) == 2
-    assert make_tiny_main([str(tmp_path / "o"), "--vae_images", str(tmp_path), "--vae_resolution", "100"]) == 2
+    assert dp_tiny_main([str(tmp_path / "o"), "--vae_images", str(tmp_path / "absent")]) == 2
+    assert dp_tiny_main([str(tmp_path / "o"), "--vae_images", str(tmp_path), "--vae_resolution", "100"]) == 2
     assert "--vae_resolution" in capsys.readouterr().err and not (tmp_path / "o").exists()

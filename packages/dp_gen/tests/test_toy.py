@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_gen.cli import toy_main
+from tbps_world.cli import dp_toy_main
 
 
 @pytest.mark.slow
@@ -13,7 +13,7 @@ def test_the_toy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "toy"
     flags = ["--out", str(out), "--updates", "30", "--resolution", "64", "--inference_steps", "3", "--edits", "2"]
     flags += ["--vae_updates", "20"]
-    assert toy_main(flags) == 0
+    assert dp_toy_main(flags) == 0
     numbers = json.loads((out / "metrics.json").read_text("utf-8"))
     assert numbers["after"]["denoise_loss"] < numbers["before"]["denoise_loss"]
     assert numbers["after"]["localization_loss"] < numbers["before"]["localization_loss"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dp_gen import DiversePersonPipeline
 from dp_gen.cli import train_main
-from tbps_common.checkpoint import load_checkpoint_file
+from tbps_common.run.checkpoint import load_checkpoint_file
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_the_authors_code_resumes_by_its_name(
     tmp_path: Path, train_flags: Flags, fresh_accelerate: Forget
 ) -> None:
     from dp_gen.model.weights import official_layout
-    from tbps_common.checkpoint import save_checkpoint
+    from tbps_common.run.checkpoint import save_checkpoint
 
     flags = train_flags(tmp_path, "--max_train_steps", "4")
     assert train_main(flags) == 0

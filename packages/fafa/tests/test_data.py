@@ -11,11 +11,11 @@ import torch
 from fafa.data import GalleryDataset, ITCPRDataset, QueryDataset, SynCPRDataset, collate_fn
 from fafa.data.collate import train_loader
 from fafa.data.strings import PackedStrings
-from fafa.toy import write_toy_data
 from fafa.transforms import squarepad_transform_test, squarepad_transform_train
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
-from tbps_common.loading import EpochBatches
+from tbps_common.run.batches import EpochBatches
+from tbps_world.tiny.fafa import write_toy_data
 
 
 @pytest.fixture(scope="module")

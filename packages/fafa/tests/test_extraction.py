@@ -8,7 +8,7 @@ import torch
 
 from fafa.extraction import CacheBudget, ExtractionStopped, Extractor, StateCache, usable_workers
 from fafa.model import Blip2FAFACPR, read_model_config
-from fafa.toy import TINY_MODEL, WORDS, write_tiny_model
+from tbps_world.tiny.fafa import TINY_MODEL, WORDS, write_tiny_model
 
 IMAGES = 11
 STATE_BYTES = 4 * 5 * 32  # (28 / 14)^2 + 1 tokens of width 32 in float32

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tbps_common.command import command
 from tbps_common.errors import CheckpointError, DatasetError, GalleryError, InputError
+from tbps_common.run.command import command
 
 
 def failing(error: BaseException):
@@ -115,7 +115,7 @@ def test_success_is_status_0_and_statuses_pass_through() -> None:
 
 def test_a_closed_pipe_is_silent() -> None:
     code = (
-        "import sys; from tbps_common.command import command\n"
+        "import sys; from tbps_common.run.command import command\n"
         "@command\n"
         "def main(argv):\n"
         "    for n in range(100_000): print('line', n)\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tbps_common.distributed import Ranks, barrier, broadcast_object, process_group
 from tbps_common.errors import InputError
+from tbps_common.run.distributed import Ranks, barrier, broadcast_object, process_group
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def launch(folder: Path, body: str, processes: int = 2, timeout: float = 240) ->
 def test_objects_reach_every_process_and_the_group_is_gone_afterwards(tmp_path: Path) -> None:
     body = (
         "import torch, time\n"
-        "from tbps_common.distributed import barrier, broadcast_object, process_group\n"
+        "from tbps_common.run.distributed import barrier, broadcast_object, process_group\n"
         "with process_group(torch.device('cpu'), timeout_minutes=1) as ranks:\n"
         "    value = broadcast_object({'from': ranks.rank, 'path': 'run/ü'})\n"
         "    if ranks.is_main: time.sleep(0.3)\n"
@@ -117,9 +117,9 @@ def test_objects_reach_every_process_and_the_group_is_gone_afterwards(tmp_path: 
 def test_replaced_items_are_the_same_on_every_process(tmp_path: Path) -> None:
     body = (
         "import torch\n"
-        "from tbps_common.distributed import gather_objects, process_group\n"
+        "from tbps_common.run.distributed import gather_objects, process_group\n"
         "from tbps_common.errors import ImageError\n"
-        "from tbps_common.loading import ReplacedItems\n"
+        "from tbps_common.run.batches import ReplacedItems\n"
         "def read(index):\n"
         "    if index in (1, 4): raise ImageError('bad')\n"
         "    return index\n"
@@ -139,7 +139,7 @@ def test_replaced_items_are_the_same_on_every_process(tmp_path: Path) -> None:
 def test_one_failing_process_ends_the_other_soon(tmp_path: Path) -> None:
     body = (
         "import time, torch\n"
-        "from tbps_common.distributed import barrier, process_group\n"
+        "from tbps_common.run.distributed import barrier, process_group\n"
         "with process_group(torch.device('cpu'), timeout_minutes=5) as ranks:\n"
         "    barrier()\n"
         "    if ranks.rank == 1: raise RuntimeError('rank one is broken')\n"

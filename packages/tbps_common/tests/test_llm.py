@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tbps_common.errors import InputError
-from tbps_common.llm import ChatClient, Conversation, Conversations, Job, Outcome, Rejected, ask_once, run
-from tbps_common.llm.faults import FaultyServer
-from tbps_common.llm.practice_server import ChatHandler, PracticeServer
+from tbps_common.pipeline import ChatClient, Conversation, Conversations, Job, Outcome, Rejected, ask_once, run
+from tbps_world.practice.faults import FaultyServer
+from tbps_world.practice.server import ChatHandler, PracticeServer
 
 pytest.importorskip("openai")
 
@@ -160,7 +160,7 @@ def test_retry_after_is_obeyed(header: str, tmp_path: Path) -> None:
 
 
 def test_waits_are_understood_as_numbers_and_dates() -> None:
-    from tbps_common.llm.client import _retry_after
+    from tbps_common.pipeline.client import _retry_after
 
     assert _retry_after({"retry-after": "1.5"}) == 1.5 and _retry_after({"retry-after-ms": "250"}) == 0.25
     assert _retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
@@ -253,7 +253,7 @@ def test_a_signal_stops_cleanly(number: int, status: int, tmp_path: Path) -> Non
 
 
 def test_a_signal_does_not_wait_for_a_hanging_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tbps_common.llm.runner._GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("tbps_common.pipeline.runner._GRACE_SECONDS", 0.3)
     with FaultyServer(echo, share=1.0, faults=("hang",), hang=20.0) as server:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         started = time.perf_counter()
@@ -262,7 +262,7 @@ def test_a_signal_does_not_wait_for_a_hanging_server(tmp_path: Path, monkeypatch
 
 
 def test_two_runs_cannot_write_the_same_file(steady: FaultyServer, tmp_path: Path) -> None:
-    from tbps_common.llm import Journal
+    from tbps_common.pipeline import Journal
 
     with Journal(tmp_path / "out.jsonl"), pytest.raises(InputError, match="another run"):
         run(number_job(1), client(steady.url), tmp_path / "out.jsonl")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from tbps_common.errors import DatasetError, ImageError, InputError
-from tbps_common.loading import EpochBatches, ItemKey, ReplacedItems, ReplacingItems, SeededItems, item_seed
+from tbps_common.run.batches import EpochBatches, ItemKey, ReplacedItems, ReplacingItems, SeededItems, item_seed
 
 
 class Drawing(Dataset[list[float]]):

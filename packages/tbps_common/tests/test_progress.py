@@ -2,7 +2,7 @@
 
 import pytest
 
-from tbps_common.progress import Progress, duration
+from tbps_common.run.progress import Progress, duration
 
 
 def test_lines_come_now_and_then_with_the_time_left() -> None:

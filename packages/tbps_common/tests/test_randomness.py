@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.errors import CheckpointError, InputError
-from tbps_common.randomness import rng_state, seed_everything, seed_worker, set_rng_state
+from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
+from tbps_common.run.randomness import rng_state, seed_everything, seed_worker, set_rng_state
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tbps_common.errors import DatasetError, InputError
-from tbps_common.stages import Dropped, Shard, manifest_path, read_stage, run_stage, shard
+from tbps_common.pipeline.stages import Dropped, Shard, manifest_path, read_stage, run_stage, shard
 
 ITEMS = [{"id": number} for number in range(10)]
 
@@ -163,7 +163,7 @@ def test_shard_flag():
 
 SCRIPT = """
 import sys, time
-from tbps_common.stages import run_stage
+from tbps_common.pipeline.stages import run_stage
 def slow(batch):
     time.sleep(0.02)
     return [{"id": item["id"], "square": item["id"] ** 2} for item in batch]

@@ -16,8 +16,8 @@ from cmlfa.solver import (
     official_optimizer_state,
     official_scheduler_state,
 )
-from tbps_common.checkpoint import save_checkpoint
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import save_checkpoint
 
 
 class Checkpointer:

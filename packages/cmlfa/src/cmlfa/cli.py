@@ -1,6 +1,6 @@
 """Console commands of cmlfa. Heavy libraries are imported when a command starts to work, not to print its help."""
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 @command
@@ -35,14 +35,6 @@ def visualize_main(argv: list[str]) -> int:
 
 
 @command
-def make_tiny_clip_main(argv: list[str]) -> int:
-    """`cmlfa-make-tiny-clip`: write a small random CLIP model, to try the commands without a download."""
-    from cmlfa.tiny_clip import main
-
-    return main(argv)
-
-
-@command
 def index_main(argv: list[str]) -> int:
     """`cmlfa-index`: compute the features of a folder of images once."""
     from cmlfa.search import index
@@ -56,11 +48,3 @@ def search_main(argv: list[str]) -> int:
     from cmlfa.search import search
 
     return search(argv)
-
-
-@command
-def toy_main(argv: list[str]) -> int:
-    """`cmlfa-toy`: the synthetic world, a tiny model, the paper's commands, and what comes out of them."""
-    from cmlfa.toy import main
-
-    return main(argv)

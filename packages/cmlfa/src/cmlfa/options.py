@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmlfa.model.settings import LFA_ATTENTION, LOSSES, PRECISIONS
-from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 OPTIMIZERS = ("SGD", "Adam", "AdamW")

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from cmlfa.trained import TrainedModel, add_run_flags, open_trained, read_run
-from tbps_common.arguments import whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ def index(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     args = read_run(flags, ("test_batch_size", "num_workers"))
 
-    from tbps_common.gallery import complete_index, find_images
+    from tbps_common.search.gallery import complete_index, find_images
 
     paths = find_images(flags.images)
     trained = open_trained(flags, args)
@@ -69,7 +69,7 @@ def search(argv: list[str]) -> int:
         raise InputError("--text is empty: describe the person to look for")
     args = read_run(flags, ())
 
-    from tbps_common.gallery import GalleryIndex
+    from tbps_common.search.gallery import GalleryIndex
 
     # Opened once before the model is loaded, so that a wrong path is told at once.
     GalleryIndex.open(flags.index)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmlfa.preflight import check_data
 from cmlfa.trained import TrainedModel, add_run_flags, find_checkpoint, open_trained, read_run
-from tbps_common.arguments import whole_number
+from tbps_common.run.arguments import whole_number
 
 if TYPE_CHECKING:
     from tbps_common.ranking import RetrievalResult
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     directory, _ = find_checkpoint(args, flags)
     report = Path(flags.report_dir) if flags.report_dir else directory
 
-    from tbps_common.logs import run_log
+    from tbps_common.run.logs import run_log
 
     with run_log("IRRA", "cmlfa") as log:
         trained = open_trained(flags, args)
@@ -68,9 +68,9 @@ def _test(trained: TrainedModel, report: Path, *, i2t: bool) -> None:
     from cmlfa.datasets import build_dataloader
     from cmlfa.evaluation import evaluate, metrics_table
     from cmlfa.model.cmlfa import resolve_precision
-    from tbps_common.device import device_sentence
     from tbps_common.report.evaluation import evaluation_from_result
     from tbps_common.report.pictures import cmc_curve, ranked_list
+    from tbps_common.run.device import device_sentence
 
     args = trained.args
     precision = resolve_precision(args.precision, args.device)

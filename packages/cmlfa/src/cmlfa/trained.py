@@ -106,8 +106,8 @@ def open_trained(flags: argparse.Namespace, args: Config) -> TrainedModel:
     """
     directory, checkpoint = find_checkpoint(args, flags)
     from cmlfa.model import build_model, clip_geometry, load_checkpoint
-    from tbps_common.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
-    from tbps_common.device import choose_device
+    from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
+    from tbps_common.run.device import choose_device
 
     device = choose_device(args.device)
     content = load_checkpoint_file(checkpoint, trust=flags.trust_checkpoint)

@@ -6,7 +6,7 @@ from typing import Any
 
 from cmlfa.preflight import check_data
 from cmlfa.trained import add_run_flags, open_trained, read_run
-from tbps_common.arguments import whole_number
+from tbps_common.run.arguments import whole_number
 
 DESCRIPTION = """\
 Draw the ranked list of one caption of the test split, or of a sentence of your own:

@@ -69,10 +69,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP start file of random weights, with a small vocabulary table."""
-    from cmlfa.cli import make_tiny_clip_main
+    from tbps_world.cli import cmlfa_tiny_main
 
     path = tmp_path_factory.mktemp("clip") / "tiny.pt"
-    assert make_tiny_clip_main(["--out", str(path), "--layers", "1"]) == 0
+    assert cmlfa_tiny_main(["--out", str(path), "--layers", "1"]) == 0
     return path
 
 

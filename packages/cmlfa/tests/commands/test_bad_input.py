@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmlfa.cli import make_tiny_clip_main, train_main
 from cmlfa.cli import test_main as run_test
+from cmlfa.cli import train_main
+from tbps_world.cli import cmlfa_tiny_main
 
 ANNOTATIONS = Path("CUHK-PEDES") / "reid_raw.json"
 
@@ -292,7 +293,7 @@ def test_missing_checkpoint_and_configuration_are_named(
 
 
 def test_tiny_clip_of_an_impossible_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_tiny_clip_main(["--out", str(tmp_path / "tiny.pt"), "--width", "100"]) == 2
+    assert cmlfa_tiny_main(["--out", str(tmp_path / "tiny.pt"), "--width", "100"]) == 2
     assert "--width" in one_error(capsys)
     assert not list(tmp_path.iterdir())
 
@@ -339,10 +340,10 @@ def test_gpu_that_is_not_there_is_named(
         "train_main(['--help'])",
         "test_main(['--help'])",
         "visualize_main(['--help'])",
-        "make_tiny_clip_main(['--help'])",
+        "cmlfa_tiny_main(['--help'])",
         "index_main(['--help'])",
         "search_main(['--help'])",
-        "toy_main(['--help'])",
+        "cmlfa_toy_main(['--help'])",
         "train_main(['--no_such_flag'])",
         "train_main(['--root_dir', '/nowhere', '--MLM'])",
         "test_main(['--config_file', '/nowhere/configs.yaml'])",
@@ -354,6 +355,7 @@ def test_help_and_wrong_paths_are_answered_without_importing_torch(call: str) ->
     script = f"""
 import sys
 from cmlfa.cli import *
+from tbps_world.cli import *
 try:
     status = {call}
 except SystemExit as ended:

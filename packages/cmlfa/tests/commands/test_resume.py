@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cmlfa.cli import train_main
-from tbps_common.interruption import Interruption
+from tbps_common.run.stop import Interruption
 
 # Without the MLM head a checkpoint has half the size; the masking of --MLM still draws its random numbers.
 EPOCHS = ("--num_epoch", "3", "--batch_size", "6", "--loss_names", "sdm+itc+id")
@@ -129,7 +129,7 @@ def test_signals_have_their_usual_effect_outside_the_run() -> None:
 
 def test_second_signal_ends_the_process_at_once() -> None:
     script = (
-        "import time\nfrom tbps_common.interruption import Interruption\n"
+        "import time\nfrom tbps_common.run.stop import Interruption\n"
         "with Interruption() as interruption:\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.01)\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cmlfa.cli import toy_main
 from cmlfa.options import check_training_flags, get_args
-from cmlfa.toy import TINY_CLIP_FLAGS, train_arguments
+from tbps_world.cli import cmlfa_toy_main
+from tbps_world.toys.cmlfa import TINY_CLIP_FLAGS, train_arguments
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -41,7 +41,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--out", str(tmp_path / "toy"), "--preset", "tiny", "--epochs", "1", "--lfa_attention", "batch"]
-    assert toy_main(flags) == 0
+    assert cmlfa_toy_main(flags) == 0
     shown = capfd.readouterr().out
     assert [line.split()[1] for line in shown.splitlines() if line.startswith("$ ")] == [
         "tbps-synth",
@@ -55,6 +55,6 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     for name in ("cmc.png", "ranked_list.png"):
         with Image.open(tmp_path / "toy" / name) as picture:
             assert min(picture.size) > 200
-    assert toy_main(flags) == 0
+    assert cmlfa_toy_main(flags) == 0
     assert "all 1 epochs are done already" in capfd.readouterr().out
     assert len(list((tmp_path / "toy" / "logs" / "CUHK-PEDES").iterdir())) == 1

@@ -15,7 +15,7 @@ from cmlfa.cli import train_main
 from cmlfa.datasets import build_dataloader
 from cmlfa.solver import build_lr_scheduler, build_optimizer
 from cmlfa.training.meters import Meters
-from tbps_common.randomness import seed_everything
+from tbps_common.run.randomness import seed_everything
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \S+ [A-Z]+: ")
 

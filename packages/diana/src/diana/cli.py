@@ -1,6 +1,6 @@
 """Console commands of diana. Heavy libraries are imported when a command starts to work, not to print its help."""
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 @command
@@ -39,21 +39,5 @@ def chat_main(argv: list[str]) -> int:
 def build_dialogues_main(argv: list[str]) -> int:
     """`diana-build-dialogues`: turn captions into dialogues with a language model."""
     from diana.dialogues.build import main
-
-    return main(argv)
-
-
-@command
-def make_tiny_main(argv: list[str]) -> int:
-    """`diana-make-tiny`: write small random backbones, to try the commands without a download."""
-    from diana.tiny import main
-
-    return main(argv)
-
-
-@command
-def toy_main(argv: list[str]) -> int:
-    """`diana-toy`: the synthetic world, tiny towers, the paper's scripts, and what comes out of them."""
-    from diana.toy import main
 
     return main(argv)

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     metas = check_evaluation(args)
     import torch
 
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
@@ -128,7 +128,7 @@ def _evaluate(args: argparse.Namespace, pretrained: str, dataset: str, meta: dic
 
     from diana.model import load_diana
     from diana.retrieval import evaluate
-    from tbps_common.checkpoint import fingerprint
+    from tbps_common.run.checkpoint import fingerprint
 
     dtype = {"checkpoint": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer = load_diana(pretrained, device=device, dtype=dtype)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diana.training.trainer_flags import asks_for_cpu, has_unknown
-from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 TRAIN_DATASETS = ("mals", "chatpedes")
 EVAL_DATASETS = ("chatpedes",)

@@ -9,8 +9,8 @@ import torch
 
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, make_round, mutual_information
 from diana.chat.questions import QUESTIONS, open_questions
-from tbps_common.llm import ChatClient
-from tbps_common.llm.faults import FaultyServer
+from tbps_common.pipeline import ChatClient
+from tbps_world.practice.faults import FaultyServer
 
 
 def test_questions_are_distinct_and_have_distinct_answers() -> None:

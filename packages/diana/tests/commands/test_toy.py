@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diana.cli import make_tiny_main, toy_main
 from diana.data import PROMPT_POOL, SYSTEM_PROMPT
 from diana.options import parse_train_flags
 from diana.tokenizer import load_tokenizer
-from diana.toy import chance_r1, environment, stage_flags
+from tbps_world.cli import diana_tiny_main, diana_toy_main
+from tbps_world.toys.diana import chance_r1, environment, stage_flags
 
 
 def test_the_tiny_tokenizer_has_llama_3s_layout(tiny: Path) -> None:
@@ -33,27 +33,27 @@ def test_tiny_backbones_are_what_the_config_says_and_follow_the_seed(tiny: Path,
     model = DiaNAModel.from_backbones(config, tiny / "swinv2-tiny", tiny / "llama-tiny")
     assert 4e5 < sum(parameter.numel() for parameter in model.parameters()) < 8e5
     for seed in ("0", "1"):
-        assert make_tiny_main(["--out", str(tmp_path / seed), "--image_size", "64", "32", "--seed", seed]) == 0
+        assert diana_tiny_main(["--out", str(tmp_path / seed), "--image_size", "64", "32", "--seed", seed]) == 0
     weights = [(tmp_path / seed / "llama-tiny" / "model.safetensors").read_bytes() for seed in "01"]
     assert weights[0] == (tiny / "llama-tiny" / "model.safetensors").read_bytes() != weights[1]
 
 
 def test_a_lexicon_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "words.txt").write_text("zebra\nzebra stripes\n", encoding="utf-8")
-    assert make_tiny_main(["--out", str(tmp_path / "t"), "--lexicon", str(tmp_path / "words.txt")]) == 0
+    assert diana_tiny_main(["--out", str(tmp_path / "t"), "--lexicon", str(tmp_path / "words.txt")]) == 0
     assert len(load_tokenizer(tmp_path / "t" / "llama-tiny")(" zebra")["input_ids"]) <= 3
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     for name in ("empty.txt", "absent.txt"):
-        assert make_tiny_main(["--out", str(tmp_path / "u"), "--lexicon", str(tmp_path / name)]) == 2
+        assert diana_tiny_main(["--out", str(tmp_path / "u"), "--lexicon", str(tmp_path / name)]) == 2
         assert name in capsys.readouterr().err
     assert not (tmp_path / "u").exists()
 
 
 def test_sizes_of_the_towers_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diana import DiaNAConfig, DiaNAModel
-    from diana.toy import TINY_FLAGS
+    from tbps_world.toys.diana import TINY_FLAGS
 
-    assert make_tiny_main(["--out", str(tmp_path / "t"), *TINY_FLAGS]) == 0
+    assert diana_tiny_main(["--out", str(tmp_path / "t"), *TINY_FLAGS]) == 0
     config = DiaNAConfig.from_pretrained(tmp_path / "t" / "configs")
     assert config.logit_scale == 10 and config.vision_config["depths"] == [2, 2]
     model = DiaNAModel.from_backbones(config, tmp_path / "t" / "swinv2-tiny", tmp_path / "t" / "llama-tiny")
@@ -62,7 +62,7 @@ def test_sizes_of_the_towers_can_be_chosen(tmp_path: Path, capsys: pytest.Captur
         (["--depths", "1"], "1 stages and --num_heads 4"),
         (["--num_heads", *"3244"], "3 does not"),
     ):
-        assert make_tiny_main(["--out", str(tmp_path / "u"), *wrong]) == 2
+        assert diana_tiny_main(["--out", str(tmp_path / "u"), *wrong]) == 2
         assert sentence in capsys.readouterr().err
 
 
@@ -92,7 +92,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
 ) -> None:
     out = tmp_path / "toy"
     flags = ["--out", str(out), "--preset", "tiny", "--pretrain_steps", "2", "--finetune_steps", "2"]
-    assert toy_main(flags) == 0
+    assert diana_toy_main(flags) == 0
     shown = capfd.readouterr().out
     assert re.findall(r"shell/(\w+)\.sh", shown) == ["pretrain", "finetune", "eval"]
     results = json.loads((out / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     for name in ("turns.png", "ranked_list.png"):
         with Image.open(out / "evaluation" / name) as picture:
             assert min(picture.size) > 200
-    assert toy_main(flags) == 0
+    assert diana_toy_main(flags) == 0
     assert re.findall(r"shell/(\w+)\.sh", capfd.readouterr().out) == ["eval"]
-    assert toy_main([*flags, "--pretrain_steps", "3"]) == 2
+    assert diana_toy_main([*flags, "--pretrain_steps", "3"]) == 2
     assert "other settings" in capfd.readouterr().err

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from diana import DiaNAConfig, DiaNAModel
-from diana.tiny import tiny_tokenizer
 from diana.tokenizer import load_tokenizer
+from tbps_world.tiny.diana import tiny_tokenizer
 
 WORDS = (
     "a man woman with red blue grey coat jeans shoes bag wore what about his her carrying black please describe".split()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diana import bench
+import bench_diana as bench
 
 
 def test_the_command_compares_equal_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

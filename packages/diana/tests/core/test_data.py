@@ -27,7 +27,7 @@ from diana.data import (
 from diana.data.text import prefix_length
 from diana.tokenizer import encode
 from tbps_common.errors import DatasetError, InputError
-from tbps_common.loading import ItemKey, SeededItems
+from tbps_common.run.batches import ItemKey, SeededItems
 
 MEAN, STD = [0.39, 0.37, 0.35], [0.24, 0.24, 0.23]
 

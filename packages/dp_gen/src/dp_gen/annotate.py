@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dp_gen.annotation import Row, build_prompt, read_rows, reject_response, select_rows
-from tbps_common.arguments import HelpFormatter, number, whole_number
-from tbps_common.command import command
 from tbps_common.errors import InputError
-from tbps_common.llm.journal import Journal
+from tbps_common.pipeline.journal import Journal
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
+from tbps_common.run.command import command
 
 __all__ = ["build_prompt", "main", "reject_response", "select_rows"]
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
     from tqdm import tqdm
 
-    from tbps_common.llm import ChatClient, run
+    from tbps_common.pipeline import ChatClient, run
 
     client = ChatClient(
         args.model,
@@ -113,7 +113,7 @@ def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
 
 def _job(rows: list[Row], model: str) -> Any:
     from dp_gen.annotation.prompts import rejection_reason, sentence_of
-    from tbps_common.llm import Job, Rejected
+    from tbps_common.pipeline import Job, Rejected
 
     def parse(row: Row, reply: str) -> dict[str, Any]:
         sentence = sentence_of(reply)

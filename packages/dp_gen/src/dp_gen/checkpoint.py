@@ -29,8 +29,8 @@ def run(argv: list[str]) -> int:
     if target.suffix not in (".bin", ".pt", ".safetensors"):
         raise InputError(f"{target} must end in .bin, .pt or .safetensors: rename the target")
     from dp_gen.model.weights import official_layout, read_weights
-    from tbps_common.checkpoint import save_checkpoint
     from tbps_common.files import atomic_path
+    from tbps_common.run.checkpoint import save_checkpoint
 
     weights = official_layout(read_weights(args.source), controller=LAYOUTS[args.layout])
     if target.suffix == ".safetensors":

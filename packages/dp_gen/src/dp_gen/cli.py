@@ -1,6 +1,6 @@
 """Console commands of dp_gen. Heavy libraries are imported when a command starts to work, not to print its help."""
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 @command
@@ -45,22 +45,6 @@ def annotate_main(argv: list[str]) -> int:
 def pack_main(argv: list[str]) -> int:
     """`dp-pack`: generated images and their captions as a data set."""
     from dp_gen.pack import main
-
-    return main(argv)
-
-
-@command
-def make_tiny_main(argv: list[str]) -> int:
-    """`dp-make-tiny`: write tiny random models under the names of the paper's, to try the commands."""
-    from dp_gen.make_tiny import main
-
-    return main(argv)
-
-
-@command
-def toy_main(argv: list[str]) -> int:
-    """`dp-toy`: the synthetic world, tiny models, the paper's commands, and what comes out of them."""
-    from dp_gen.toy import main
 
     return main(argv)
 

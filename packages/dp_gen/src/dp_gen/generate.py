@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dp_gen.options import build_parser as build_shared_parser
-from tbps_common.arguments import number, whole_number
-from tbps_common.command import command
 from tbps_common.errors import InputError
-from tbps_common.stages import Shard, shard
+from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.run.arguments import number, whole_number
+from tbps_common.run.command import command
 
 DESCRIPTION = """\
 Make persons with a trained editor.
@@ -135,7 +135,7 @@ def _producer(args: argparse.Namespace) -> Any:
 
     from dp_gen.generation.produce import Producer, Sampling
     from dp_gen.model import DiversePersonPipeline
-    from tbps_common.device import choose_device, device_sentence
+    from tbps_common.run.device import choose_device, device_sentence
 
     device = choose_device(args.device)
     precision = args.mixed_precision or "no"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dp_gen.constants import BASE_MODEL, DENOISE_MASK_PROB, IMAGE_ENCODER
-from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")

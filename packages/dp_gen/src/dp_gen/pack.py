@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tbps_common.arguments import HelpFormatter
-from tbps_common.command import command
 from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
+from tbps_common.run.arguments import HelpFormatter
+from tbps_common.run.command import command
 
 DESCRIPTION = """\
 Join generated images with their captions into a data set of the layout of CUHK-PEDES, alone or added to one.
@@ -58,7 +58,7 @@ def _manifest(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DatasetError: it is missing, or a row or image cannot be used.
     """
-    from tbps_common.llm.journal import read_json_lines
+    from tbps_common.pipeline.journal import read_json_lines
 
     path = folder / "edits.jsonl"
     inside = Folder(folder)
@@ -94,7 +94,7 @@ def _captions(rows: list[dict[str, Any]], annotations: str | None, source: str) 
 
 def _annotated(rows: list[dict[str, Any]], annotations: str) -> dict[str, str]:
     """Annotations carry the manifest's own fields, so that their file names find them."""
-    from tbps_common.llm.journal import read_json_lines
+    from tbps_common.pipeline.journal import read_json_lines
 
     known = {row["file"]: row for row in rows}
     captions = {}

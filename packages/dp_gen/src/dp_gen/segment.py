@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dp_gen.run_settings import require_same_settings, store_settings
-from tbps_common.arguments import HelpFormatter, whole_number
-from tbps_common.command import command
 from tbps_common.errors import InputError
-from tbps_common.stages import Shard, shard
+from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.run.arguments import HelpFormatter, whole_number
+from tbps_common.run.command import command
 
 DESCRIPTION = """\
 Make the training folder of train.py from images with captions: find the regions of hair, upper and lower clothing, and
@@ -84,8 +84,8 @@ def _segment(args: argparse.Namespace, backend: Any, missing: list[Any], lexicon
     from dp_gen.segmentation.masks import type_mask
     from dp_gen.segmentation.phrases import find_phrases
     from dp_gen.segmentation.samples import read_whole_image, segments_of, write_sample
-    from tbps_common.interruption import Interruption
-    from tbps_common.progress import Progress
+    from tbps_common.run.progress import Progress
+    from tbps_common.run.stop import Interruption
 
     by_image = [list(group) for _, group in itertools.groupby(missing, key=lambda sample: sample.path)]
     with Interruption() as interruption, Progress(len(missing), unit="caption") as progress:
@@ -163,7 +163,7 @@ def _backend(args: argparse.Namespace) -> Any:
     if args.backend == "none":
         return MaskFolder(Path(args.mask_dir), args.types, class_map)
     boxes = read_boxes(args.boxes) if args.boxes else None
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     device = choose_device(args.device)
     print(f"segmenting on {device}")

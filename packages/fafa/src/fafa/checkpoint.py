@@ -15,7 +15,7 @@ from fafa.model.weights import (
     official_named_parameters,
     official_state_dict,
 )
-from tbps_common.checkpoint import save_checkpoint
+from tbps_common.run.checkpoint import save_checkpoint
 
 __all__ = [
     "LoadResult",

@@ -1,6 +1,6 @@
 """Console commands of fafa. Heavy libraries are imported when a command starts to work, not to print its help."""
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 @command
@@ -50,14 +50,6 @@ def search_main(argv: list[str]) -> int:
 def itcpr_main(argv: list[str]) -> int:
     """`fafa-itcpr prepare`: put the images of ITCPR's three sources into the folders its annotation names."""
     from fafa.itcpr import main
-
-    return main(argv)
-
-
-@command
-def toy_main(argv: list[str]) -> int:
-    """`fafa-toy`: the synthetic world, a tiny model, the paper's commands, and what comes out of them."""
-    from fafa.toy_run import main
 
     return main(argv)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fafa.model.blip2 import Blip2FAFACPR
-from tbps_common.distributed import Ranks, gather_objects
+from tbps_common.run.distributed import Ranks, gather_objects
 
 
 class ExtractionStopped(Exception):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fafa.preflight import check_itcpr
 from fafa.trained import TrainedRun, add_loading_flags, add_run_flags, open_trained, read_run
-from tbps_common.arguments import HelpFormatter, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, whole_number
 
 if TYPE_CHECKING:
     from fafa.data import ITCPRDataset
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     for name in ("fda_k", "fda_alpha", "fd_margin"):
         print(f"{name} = {run.hyperparameters[name]}")
 
-    from tbps_common.logs import run_log
+    from tbps_common.run.logs import run_log
 
     with run_log("fafa"):
         trained = open_trained(run, flags.device, trust=flags.trust_checkpoint)

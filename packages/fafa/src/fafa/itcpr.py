@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tbps_common.arguments import HelpFormatter
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import atomic_path
 from tbps_common.images import missing_images
+from tbps_common.run.arguments import HelpFormatter
 
 DESCRIPTION = """\
 Put the images of ITCPR's three sources into place:

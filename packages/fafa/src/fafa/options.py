@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 TRANSFORMS = ("squarepad", "targetpad", "resize")
 AMP_DTYPES = ("fp16", "bf16", "fp32")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fafa.trained import TrainedModel, add_loading_flags, add_run_flags, open_trained, read_run
-from tbps_common.arguments import HelpFormatter, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def index(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     run = read_run(flags)
 
-    from tbps_common.gallery import complete_index, find_images
+    from tbps_common.search.gallery import complete_index, find_images
 
     paths = find_images(flags.images)
     trained = open_trained(run, flags.device, trust=flags.trust_checkpoint)
@@ -69,7 +69,7 @@ def search(argv: list[str]) -> int:
 
     image = read_image(flags.image)
 
-    from tbps_common.gallery import GalleryIndex
+    from tbps_common.search.gallery import GalleryIndex
 
     # Opened once before the model is loaded, so that a wrong path is told at once.
     GalleryIndex.open(flags.index)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fafa.options import TRANSFORMS, add_trust_flag
 from fafa.training.run_directory import BEST_BY_STEP, HYPERPARAMETERS, WEIGHTS
-from tbps_common.arguments import whole_number
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.run.arguments import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ def open_trained(run: TrainedRun, device_name: str, *, trust: bool = False) -> T
     """
     from fafa.model.settings import read_model_config
     from fafa.transforms import build_transforms
-    from tbps_common.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
+    from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
 
     content = load_checkpoint_file(run.checkpoint, trust=trust, mmap=True)
     state, _ = find_state_dict(content, source=str(run.checkpoint))
@@ -212,7 +212,7 @@ def _loaded(config: dict[str, Any], state: "Mapping[str, torch.Tensor]", source:
 def _device(name: str) -> "torch.device":
     import torch
 
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         print("no GPU can be used: computing on the CPU")

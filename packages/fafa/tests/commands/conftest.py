@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fafa.toy import TINY_MODEL, WORDS, write_tiny_model, write_toy_data
+from tbps_world.tiny.fafa import TINY_MODEL, WORDS, write_tiny_model, write_toy_data
 
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`python -m fafa.toy`: tiny.yaml, vocab.txt, syncpr/, itcpr/. Tests must not write into it."""
+    """`python -m tbps_world.tiny.fafa`: tiny.yaml, vocab.txt, syncpr/, itcpr/. Tests must not write into it."""
     folder = tmp_path_factory.mktemp("toy")
     write_tiny_model(folder, TINY_MODEL, WORDS)
     write_toy_data(folder)
@@ -38,7 +38,7 @@ def calm_model(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
 @pytest.fixture(scope="session")
 def train_flags(toy: Path) -> Callable[..., list[str]]:
     """`train_flags(output_dir, *more)`: the README's flags, flags for the toy's size, and `more`."""
-    from fafa.toy_run import README_FLAGS
+    from tbps_world.toys.fafa import README_FLAGS
 
     def flags(output_dir: Path, *more: str) -> list[str]:
         return [

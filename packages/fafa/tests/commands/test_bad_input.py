@@ -10,8 +10,8 @@ import torch
 
 from fafa.cli import infer_main, train_main
 from fafa.options import check_training_flags, get_args
-from fafa.toy import write_toy_data
 from tbps_common.errors import InputError
+from tbps_world.tiny.fafa import write_toy_data
 
 REQUIRED = ["--dataset", "cpr", "--syncpr-data-path", "syncpr", "--itcpr-root", "itcpr"]
 

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from fafa.cli import toy_main
 from fafa.options import check_training_flags, get_args
-from fafa.toy import main as make_toy
-from fafa.toy_run import chance_of_first, train_arguments
 from tbps_common.datasets import ITCPR, load_syncpr
+from tbps_world.cli import fafa_toy_main
+from tbps_world.tiny.fafa import main as make_toy
+from tbps_world.toys.fafa import chance_of_first, train_arguments
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -68,7 +68,7 @@ def test_maker_writes_what_the_specification_lists(tmp_path: Path) -> None:
 def test_a_model_for_pedestrians_knows_their_words(tmp_path: Path) -> None:
     from fafa.model.settings import read_settings
     from fafa.model.tokenizer import build_tokenizer
-    from tbps_common.synth.lexicon import lexicon
+    from tbps_world.synth.lexicon import lexicon
 
     assert make_toy([str(tmp_path), "--for", "pedestrians"]) == 0
     settings = read_settings(tmp_path / "tiny.yaml")
@@ -82,7 +82,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--out", str(tmp_path / "toy"), "--ids", "48", "--epochs", "1"]
-    assert toy_main(flags) == 0
+    assert fafa_toy_main(flags) == 0
     shown = capfd.readouterr().out
     commands = [line.split()[1:3] for line in shown.splitlines() if line.startswith("$ ")]
     assert [words[0] for words in commands] == ["tbps-synth", "python", "python", "python"]
@@ -94,6 +94,6 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     for name in ("cmc.png", "ranked_list.png"):
         with Image.open(tmp_path / "toy" / name) as picture:
             assert min(picture.size) > 200
-    assert toy_main(flags) == 0
+    assert fafa_toy_main(flags) == 0
     assert "all 1 epochs are done already" in capfd.readouterr().out
     assert len(list((tmp_path / "toy" / "runs").iterdir())) == 1

@@ -17,11 +17,11 @@ from fafa.model import Blip2FAFACPR, read_model_config
 from fafa.optim import build_optimizer, build_scheduler
 from fafa.options import get_args
 from fafa.processors import BlipCaptionProcessor
-from fafa.toy import write_toy_data
 from fafa.training.validation import Validator
 from fafa.transforms import squarepad_transform_train
-from tbps_common.loading import EpochBatches, SeededItems
-from tbps_common.randomness import seed_everything
+from tbps_common.run.batches import EpochBatches, SeededItems
+from tbps_common.run.randomness import seed_everything
+from tbps_world.tiny.fafa import write_toy_data
 
 RECORDED = """backbone batch_size blip_model_name exp_name fd_margin fda_alpha fda_k itcpr_root json_path learning_rate
 loss_fd loss_fda loss_mfr num_epochs num_workers resume_path save_best save_last save_memory save_training setting

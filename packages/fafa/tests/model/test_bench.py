@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fafa.bench.__main__ import main
-from fafa.bench.direct import (
+from bench_fafa import main
+from bench_fafa_direct import (
     direct_dispersion,
     direct_evaluation_similarity,
     direct_metrics,
     direct_token_similarity,
 )
-from fafa.bench.measure import compared
+from bench_fafa_measure import compared
 from fafa.evaluation import rank, topk_mean_similarity
 from fafa.losses import FeatureDispersionLoss, token_similarity
 
@@ -31,7 +31,7 @@ def features() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_direct_forms_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fafa.bench.direct.BLOCK", 3)
+    monkeypatch.setattr("bench_fafa_direct.BLOCK", 3)
     query, gallery = features()
     torch.testing.assert_close(direct_token_similarity(query, gallery), token_similarity(query, gallery))
     similarity = topk_mean_similarity(query, gallery, 3)
@@ -81,7 +81,7 @@ def test_full_size_figures_on_a_small_stand_in(
     """The code path of `--full-size` with the paper's model replaced by a small one; the figures are not looked at."""
     from dataclasses import replace
 
-    from fafa.bench import model
+    import bench_fafa_model as model
 
     paper = model.settings_of
 

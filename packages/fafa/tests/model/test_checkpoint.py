@@ -19,8 +19,8 @@ from fafa.checkpoint import (
     official_state_dict,
     save_model,
 )
-from tbps_common.checkpoint import load_checkpoint_file
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import load_checkpoint_file
 
 Tiny = Callable[..., Blip2FAFACPR]
 

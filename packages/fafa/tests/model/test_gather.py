@@ -19,7 +19,7 @@ WORKER = """
 import json, sys, torch
 from torch.nn.parallel import DistributedDataParallel
 from fafa import Blip2FAFACPR
-from tbps_common.distributed import process_group
+from tbps_common.run.distributed import process_group
 
 torch.set_num_threads(1)
 folder = sys.argv[1]

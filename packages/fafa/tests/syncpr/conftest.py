@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from fafa.cli import syncpr_main
-from fafa.syncpr.practice import answer
-from fafa.toy import write_toy_data
-from tbps_common.llm.practice_server import PracticeServer
+from tbps_world.cli import syncpr_tiny_main
+from tbps_world.practice.server import PracticeServer
+from tbps_world.practice.syncpr import answer
+from tbps_world.tiny.fafa import write_toy_data
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[PracticeServer]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`fafa-syncpr tiny`: sd/, flux/, clip/. Tests must not write into it."""
+    """`fafa-syncpr-make-tiny`: sd/, flux/, clip/. Tests must not write into it."""
     folder = tmp_path_factory.mktemp("models")
-    assert syncpr_main(["tiny", "--out", str(folder)]) == 0
+    assert syncpr_tiny_main(["--out", str(folder)]) == 0
     return folder
 
 

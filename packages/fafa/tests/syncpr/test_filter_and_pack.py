@@ -18,8 +18,8 @@ from fafa.syncpr.pack import triplets
 from fafa.syncpr.records import Quadruple, load_quadruples
 from fafa.syncpr.scoring import PairScorer, square
 from tbps_common.datasets import load_syncpr
-from tbps_common.llm.practice_server import PracticeServer
-from tbps_common.stages import read_stage
+from tbps_common.pipeline.stages import read_stage
+from tbps_world.practice.server import PracticeServer
 
 Flags = Callable[..., list[str]]
 
@@ -215,8 +215,8 @@ def test_answers_that_were_damaged_are_named(
 def test_the_practice_server_refuses_pairs_of_equal_halves(pictured: Path) -> None:
     from fafa.syncpr.answers import read_verdict
     from fafa.syncpr.filter import data_url
-    from fafa.syncpr.practice import answer
     from fafa.syncpr.prompts import question_messages
+    from tbps_world.practice.syncpr import answer
 
     record = read_stage(pictured, "images")[0]
     left, right = data_url(pictured / record["left"]), data_url(pictured / record["right"])

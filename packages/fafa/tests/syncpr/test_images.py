@@ -14,7 +14,7 @@ from fafa.cli import syncpr_main
 from fafa.syncpr.images import cut_in_two, picture_paths
 from fafa.syncpr.records import load_pairs
 from fafa.syncpr.text_to_image import Sampling, TextToImage, load_pipeline
-from tbps_common.stages import read_stage
+from tbps_common.pipeline.stages import read_stage
 
 SMALL = Sampling(32, 32, 2, 3.5)
 

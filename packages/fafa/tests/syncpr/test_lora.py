@@ -25,8 +25,8 @@ from fafa.syncpr.lora import read_captions
 from fafa.syncpr.lora_training import _Run
 from fafa.syncpr.pairs import side_by_side
 from fafa.syncpr.text_to_image import Sampling, TextToImage, load_lora, load_pipeline
-from fafa.toy import write_toy_data
 from tbps_common.errors import DatasetError
+from tbps_world.tiny.fafa import write_toy_data
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

@@ -10,14 +10,14 @@ import pytest
 
 from fafa.cli import syncpr_main
 from fafa.syncpr.answers import caption_key, read_quadruples, read_verdict
-from fafa.syncpr.practice import answer
 from fafa.syncpr.prompts import QUADRUPLE_KEYS, QUESTION_KEYS, image_prompt, quadruple_messages
 from fafa.syncpr.records import load_quadruples
 from fafa.syncpr.seeds import read_seed_lists
 from tbps_common.errors import DatasetError
-from tbps_common.llm import Rejected
-from tbps_common.llm.faults import FaultyServer
-from tbps_common.llm.practice_server import PracticeServer
+from tbps_common.pipeline import Rejected
+from tbps_world.practice.faults import FaultyServer
+from tbps_world.practice.server import PracticeServer
+from tbps_world.practice.syncpr import answer
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -190,7 +190,7 @@ def test_duplicates_across_shards_are_left_out_by_the_reader(tmp_path: Path) -> 
 
 def test_a_faulty_server_costs_time_but_no_quadruple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    monkeypatch.setattr("tbps_common.llm.client._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("tbps_common.pipeline.client._FIRST_PAUSE", 0.01)
     with FaultyServer(answer, share=0.3, hang=1.3, retry_after="0.01", seed=3) as server:
         flags = ["--base-url", server.url, "--count", "120", "--per-request", "1", "--timeout", "1", "--tries", "9"]
         assert syncpr_main(["quadruples", "--out", str(tmp_path), *flags]) == 0

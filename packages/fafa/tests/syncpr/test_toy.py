@@ -1,4 +1,4 @@
-"""fafa-syncpr toy and the models it teaches: from nothing to a trained FAFA by ordinary commands."""
+"""fafa-syncpr-toy and the models it teaches: from nothing to a trained FAFA by ordinary commands."""
 
 import json
 import re
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fafa.cli import syncpr_main
 from fafa.options import check_training_flags, get_args
 from fafa.syncpr.seeds import read_seed_lists
-from fafa.syncpr.tiny import clip_tokenizer, words_of
-from fafa.syncpr.toy import SIDE, TEMPLATE, toy_attributes, train_arguments
 from tbps_common.datasets import load_syncpr
 from tbps_common.images import read_image
+from tbps_world.cli import syncpr_toy_main
+from tbps_world.tiny.syncpr import clip_tokenizer, words_of
+from tbps_world.toys.syncpr import SIDE, TEMPLATE, toy_attributes, train_arguments
 
 
 def test_the_toys_seed_lists_speak_the_words_that_the_tiny_models_know(tmp_path: Path) -> None:
@@ -48,13 +48,13 @@ def test_toy_goes_from_nothing_to_a_trained_model_and_repeats_nothing(
     out = tmp_path / "toy"
     size = ["--ids", "24", "--updates", "2", "--lora-steps", "2", "--count", "20", "--variants", "1", "--steps", "1"]
     lenient = ["--min-image-text", "-1", "--min-identity", "-1", "--max-pair-similarity", "2", "--epochs", "1"]
-    command = ["toy", "--out", str(out), *size, *lenient]
-    assert syncpr_main(command) == 0
+    command = ["--out", str(out), *size, *lenient]
+    assert syncpr_toy_main(command) == 0
     shown = capsys.readouterr().out
     commands = [line.removeprefix("$ ").split(" --")[0] for line in shown.splitlines() if line.startswith("$ ")]
-    stages = [f"fafa-syncpr {stage}" for stage in ("tiny", "pairs", "lora", "quadruples", "images", "filter", "pack")]
-    assert commands[0] == "tbps-synth" and commands[1].startswith("python -m fafa.toy")
-    assert commands[2:] == [*stages, "fafa-train", "fafa-infer"]
+    stages = [f"fafa-syncpr {stage}" for stage in ("pairs", "lora", "quadruples", "images", "filter", "pack")]
+    assert commands[0] == "tbps-synth" and commands[1].startswith("fafa-make-tiny")
+    assert commands[2:] == ["fafa-syncpr-make-tiny", *stages, "fafa-train", "fafa-infer"]
     assert "FAFA trained on the result: R1" in shown and "R@1 by chance" in shown
 
     records = load_syncpr(out / "syncpr")
@@ -67,7 +67,7 @@ def test_toy_goes_from_nothing_to_a_trained_model_and_repeats_nothing(
     assert all(numbers["kept"] > 0 for numbers in stages_file.values())
     assert (out / "metrics.json").is_file() and (out / "syncpr" / "preview.png").is_file()
 
-    assert syncpr_main(command) == 0
+    assert syncpr_toy_main(command) == 0
     again = capsys.readouterr().out
     assert "all 2 steps are done already" in again and "20 of 20 pictures are there already" in again
     assert len(list((out / "runs").iterdir())) == 1

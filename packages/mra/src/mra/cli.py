@@ -1,6 +1,6 @@
 """Console commands of mra. Heavy libraries are imported when a command starts to work, not to print its help."""
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 @command
@@ -33,14 +33,6 @@ def retrieval_main(argv: list[str]) -> int:
 
 
 @command
-def make_tiny_main(argv: list[str]) -> int:
-    """`mra-make-tiny`: small random weights and configurations, to try the commands without a download."""
-    from mra.tiny import main
-
-    return main(argv)
-
-
-@command
 def index_main(argv: list[str]) -> int:
     """`mra-index`: compute the features of a folder of images once."""
     from mra.search import index
@@ -54,14 +46,6 @@ def search_main(argv: list[str]) -> int:
     from mra.search import search
 
     return search(argv)
-
-
-@command
-def toy_main(argv: list[str]) -> int:
-    """`mra-toy`: the synthetic world, tiny weights, the paper's commands, and what comes out of them."""
-    from mra.toy import main
-
-    return main(argv)
 
 
 @command

@@ -11,7 +11,7 @@ from typing import Any
 
 from mra.config import TASKS
 from mra.model.settings import REGION_FEATURES
-from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
+from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DISTS = ("f4", "m0", "m1", "gpu0", "gpu1", "gpu2", "gpu3")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbps_common.arguments import HelpFormatter, whole_number
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.run.arguments import HelpFormatter, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def index(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     _check_checkpoint(flags)
 
-    from tbps_common.gallery import GalleryIndex, complete_index, find_images
+    from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
 
     paths = find_images(flags.images)
     if Path(flags.out).exists():  # opened before the model is loaded, so that a damaged one is told at once
@@ -87,7 +87,7 @@ def search(argv: list[str]) -> int:
         raise InputError("--text is empty: describe the person to look for")
     _check_checkpoint(flags)
 
-    from tbps_common.gallery import GalleryIndex
+    from tbps_common.search.gallery import GalleryIndex
 
     GalleryIndex.open(flags.index)
     trained = open_trained(flags)
@@ -125,8 +125,8 @@ def open_trained(flags: argparse.Namespace) -> Trained:
     from mra.config import load_config
     from mra.model import Retrieval
     from mra.text import build_tokenizer
-    from tbps_common.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
-    from tbps_common.device import choose_device
+    from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
+    from tbps_common.run.device import choose_device
 
     device = choose_device(flags.device)
     state, rest = find_state_dict(

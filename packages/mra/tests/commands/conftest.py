@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mra.tiny import Preset, make_vocabulary, write_tiny
+from tbps_world.tiny.mra import Preset, make_vocabulary, write_tiny
 
 PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -54,7 +54,7 @@ TEST_PRESET = Preset(
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the commands run; tests must not write outside `out/`."""
-    from tbps_common.cli import synth_main
+    from tbps_world.cli import synth_main
 
     root = tmp_path_factory.mktemp("world")
     arguments = ["--out", str(root), "--preset", "tiny", "--layouts", "cuhk,icfg,rstp,finetune,sda"]

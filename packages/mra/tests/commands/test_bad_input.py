@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mra.cli import make_tiny_main, retrieval_main, run_main
+from mra.cli import retrieval_main, run_main
+from tbps_world.cli import mra_tiny_main
 
 Flags = Callable[..., list[str]]
 
@@ -311,12 +312,12 @@ def test_missing_wordnet_is_told_with_the_command_that_fetches_it(own_world: Pat
 
 
 def test_lexicon_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_tiny_main(["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "none.txt")]) == 2
+    assert mra_tiny_main(["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "none.txt")]) == 2
     assert "none.txt" in one_error(capsys)
     (tmp_path / "empty.txt").write_text("\n")
-    assert make_tiny_main(["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "empty.txt")]) == 2
+    assert mra_tiny_main(["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "empty.txt")]) == 2
     assert "empty.txt" in one_error(capsys)
-    assert make_tiny_main(["--out", str(tmp_path / "empty.txt"), "--lexicon", str(tmp_path / "none.txt")]) == 2
+    assert mra_tiny_main(["--out", str(tmp_path / "empty.txt"), "--lexicon", str(tmp_path / "none.txt")]) == 2
     assert not (tmp_path / "T").exists()
 
 
@@ -325,8 +326,8 @@ def test_lexicon_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.Cap
     [
         "run_main(['--help'])",
         "retrieval_main(['--help'])",
-        "make_tiny_main(['--help'])",
-        "toy_main(['--help'])",
+        "mra_tiny_main(['--help'])",
+        "mra_toy_main(['--help'])",
         "run_main(['--task', 'nothing'])",
         "run_main(['--dist', 'f5'])",
         "run_main([])",
@@ -337,6 +338,7 @@ def test_help_and_wrong_paths_are_answered_without_importing_torch(call: str, tm
     script = f"""
 import sys
 from mra.cli import *
+from tbps_world.cli import *
 try:
     status = {call}
 except SystemExit as ended:

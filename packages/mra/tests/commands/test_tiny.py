@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mra import Retrieval, build_tokenizer, load_config, tokenize
-from mra.cli import make_tiny_main
-from mra.tiny import PRESETS, make_vocabulary
+from tbps_world.cli import mra_tiny_main
+from tbps_world.tiny.mra import PRESETS, make_vocabulary
 
 Start = Callable[..., subprocess.Popen[str]]
 LEXICON = ["a", "man", "T-shirt", "red", "knee-length", "man", "42nd", "coat"]
@@ -23,7 +23,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp(request.param)
     (root / "lexicon.txt").write_text("\n".join(LEXICON), encoding="utf-8")
     arguments = ["--out", str(root / "T"), "--lexicon", str(root / "lexicon.txt"), "--preset", request.param]
-    assert make_tiny_main(arguments) == 0
+    assert mra_tiny_main(arguments) == 0
     return root / "T"
 
 
@@ -70,18 +70,18 @@ def test_same_seed_same_bytes_other_seed_other_weights(made: Path, tmp_path: Pat
     (tmp_path / "lexicon.txt").write_text("\n".join(LEXICON), encoding="utf-8")
     preset = "toy" if (made / "configs/config_swin_tiny_128x64.json").exists() else "tiny"
     arguments = ["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "lexicon.txt"), "--preset", preset]
-    assert make_tiny_main(arguments) == 0
+    assert mra_tiny_main(arguments) == 0
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path / "T") for path in (tmp_path / "T").rglob("*") if path.is_file())
     assert all((made / name).read_bytes() == (tmp_path / "T" / name).read_bytes() for name in files)
-    assert make_tiny_main([*arguments, "--seed", "1"]) == 0
+    assert mra_tiny_main([*arguments, "--seed", "1"]) == 0
     name = "data/checkpoint/ft_cuhk.pth"
     assert (made / name).read_bytes() != (tmp_path / "T" / name).read_bytes()
 
 
 def test_tiny_sizes_are_the_specified_ones(tmp_path: Path) -> None:
     (tmp_path / "lexicon.txt").write_text("man\n", encoding="utf-8")
-    assert make_tiny_main(["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "lexicon.txt")]) == 0
+    assert mra_tiny_main(["--out", str(tmp_path / "T"), "--lexicon", str(tmp_path / "lexicon.txt")]) == 0
     configs = tmp_path / "T" / "configs"
     small = json.loads((configs / "config_swin_tiny_96x96.json").read_text())
     large = json.loads((configs / "config_swin_tiny_192x128.json").read_text())
@@ -108,12 +108,12 @@ def test_tiny_sizes_are_the_specified_ones(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_commands_of_the_readme_run_as_printed(tmp_path: Path, start_script: Start) -> None:
     """The three commands of the paper, in a folder of tbps-synth and mra-make-tiny, without any other flag."""
-    from tbps_common.cli import synth_main
+    from tbps_world.cli import synth_main
 
     root = tmp_path / "T"
     layouts = "cuhk,icfg,rstp,finetune,sda"
     assert synth_main(["--out", str(root), "--preset", "tiny", "--layouts", layouts, "--ids", "16"]) == 0
-    assert make_tiny_main(["--out", str(root), "--lexicon", str(root / "lexicon.txt"), "--seed", "0"]) == 0
+    assert mra_tiny_main(["--out", str(root), "--lexicon", str(root / "lexicon.txt"), "--seed", "0"]) == 0
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r'^python3 run\.py (--task "(?:sda|cuhk)".*)$', readme, re.MULTILINE)[:3]
     assert ["--evaluate" in command for command in commands] == [False, False, True]

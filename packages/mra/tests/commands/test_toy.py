@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from mra.cli import toy_main
+from tbps_world.cli import mra_toy_main
 
 
 @pytest.mark.slow
 def test_toy_runs_to_its_table_and_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--out", str(tmp_path / "toy"), "--preset", "tiny", "--sda_epochs", "1", "--cuhk_epochs", "2"]
-    assert toy_main(flags) == 0
+    assert mra_toy_main(flags) == 0
     shown = capfd.readouterr().out
     commands = [line for line in shown.splitlines() if line.startswith("$ ") and "torch" not in line]
     steps = ["tbps-synth", "mra-make-tiny", "--task sda", "--task cuhk", "--evaluate"]
@@ -23,7 +23,7 @@ def test_toy_runs_to_its_table_and_again(tmp_path: Path, capfd: pytest.CaptureFi
     assert f"ITC stage {first[0]:.2f} %, after re-ranking {first[1]:.2f} %" in shown
     assert metrics["chance_R1"] == pytest.approx(100 / 12)  # every person has equally many pictures
     # A second call finds everything done, and comes to the same figures.
-    assert toy_main(flags) == 0
+    assert mra_toy_main(flags) == 0
     assert "all 2 epochs are done already" in capfd.readouterr().out
     again = json.loads((tmp_path / "toy" / "metrics.json").read_text())
     assert again["stages"] == metrics["stages"]
@@ -31,8 +31,8 @@ def test_toy_runs_to_its_table_and_again(tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_step_that_fails_ends_the_toy_with_its_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert toy_main(["--out", str(tmp_path / "file")]) == 2
+    assert mra_toy_main(["--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capfd.readouterr().err
     if os.geteuid() != 0:
         (tmp_path / "closed").mkdir(mode=0o500)
-        assert toy_main(["--out", str(tmp_path / "closed" / "toy")]) != 0
+        assert mra_toy_main(["--out", str(tmp_path / "closed" / "toy")]) != 0

@@ -22,13 +22,13 @@ SYNONYMS = {
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs, images, synonyms and models; tests must not write into it."""
-    from tbps_common.cli import synth_main
+    from tbps_world.cli import dad_tiny_main, synth_main
 
     root = tmp_path_factory.mktemp("dad")
     assert synth_main(["--out", str(root), "--preset", "tiny", "--layouts", "cuhk,finetune", "--ids", "12"]) == 0
     (root / "synonyms.json").write_text(json.dumps(SYNONYMS), encoding="utf-8")
     flags = ["--out", str(root / "models"), "--lexicon", str(root / "lexicon.txt"), *SIZE]
-    assert dad_main(["tiny", *flags]) == 0
+    assert dad_tiny_main(flags) == 0
     return root
 
 

@@ -224,7 +224,7 @@ def test_missing_extra(
     assert "needs diffusers" in message and "pip install 'packages/mra[dad]'" in message
 
 
-@pytest.mark.parametrize("command", ["finetune", "generate", "filter", "caption", "regions", "tiny", "toy"])
+@pytest.mark.parametrize("command", ["finetune", "generate", "filter", "caption", "regions"])
 def test_help_teaches_and_imports_nothing_heavy(command: str) -> None:
     program = (
         "import sys\nfrom mra.cli import dad_main\ntry:\n    dad_main([sys.argv[1], '--help'])\nexcept SystemExit:\n    pass\n"

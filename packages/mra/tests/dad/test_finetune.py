@@ -18,9 +18,9 @@ from mra.dad import alignment
 from mra.dad.denoiser import build_networks
 from mra.dad.models import choose_dtype
 from mra.dad.pairs import Pairs
-from tbps_common.checkpoint import load_checkpoint_file
 from tbps_common.datasets import load_processed_train
-from tbps_common.loading import ItemKey, SeededItems
+from tbps_common.run.batches import ItemKey, SeededItems
+from tbps_common.run.checkpoint import load_checkpoint_file
 
 Flags = Callable[..., list[str]]
 

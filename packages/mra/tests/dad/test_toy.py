@@ -1,4 +1,4 @@
-"""`mra-dad toy` in a short form: from nothing to MRA trained on a data set of its own making, and once more."""
+"""`mra-dad-toy` in a short form: from nothing to MRA trained on a data set of its own making, and once more."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mra.cli import dad_main
+from tbps_world.cli import dad_toy_main
 
 
 @pytest.mark.slow
 def test_toy_runs_to_its_end_and_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "toy"
     amount = ("--ids", "12", "--steps", "2", "--captions", "6", "--variants", "3", "--epochs", "1")
-    assert dad_main(["toy", "--out", str(out), *amount]) == 0
+    assert dad_toy_main(["--out", str(out), *amount]) == 0
     shown = capfd.readouterr().out
-    stages = ("tiny", "finetune", "generate", "filter", "caption", "regions")
-    steps = ["tbps-synth", "mra-make-tiny", *(f"mra-dad {stage}" for stage in stages)]
+    stages = ("finetune", "generate", "filter", "caption", "regions")
+    steps = ["tbps-synth", "mra-make-tiny", "mra-dad-make-tiny", *(f"mra-dad {stage}" for stage in stages)]
     commands = [line for line in shown.splitlines() if line.startswith("$ ")]
     found = [next(i for i, line in enumerate(commands) if step in line) for step in [*steps, "run.py --task sda"]]
     assert found == sorted(found)
@@ -27,12 +27,12 @@ def test_toy_runs_to_its_end_and_again(tmp_path: Path, capfd: pytest.CaptureFixt
     assert float(metrics["pretraining"][-1]["loss"]) > 0
     with Image.open(out / "pictures.png") as sheet:
         assert sheet.size == (684, 664)
-    assert dad_main(["toy", "--out", str(out), *amount]) == 0
+    assert dad_toy_main(["--out", str(out), *amount]) == 0
     again = capfd.readouterr().out
     assert "models is there already" in again and "18 of 18 pictures are there already" in again
 
 
 def test_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert dad_main(["toy", "--out", str(tmp_path / "file")]) == 2
+    assert dad_toy_main(["--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mra import Retrieval
-from tbps_common.distributed import Ranks
+from tbps_common.run.distributed import Ranks
 
 
 def contrastive(work: dict[str, Any], rank: int) -> dict[str, Any]:

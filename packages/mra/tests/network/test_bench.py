@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mra import bench, bench_direct
-from mra.bench import main
+import bench_mra as bench
+import bench_mra_direct as bench_direct
+from bench_mra import main
 
 TINY: dict[str, Any] = {
     **bench.SMALL,

@@ -1,19 +1,11 @@
 """Console commands of tbps_common. Parsers live beside the code they drive and are imported only when asked for."""
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 @command
 def data_main(argv: list[str]) -> int:
     """`tbps-data check | convert`: look at a data set before a long run, and convert raw annotations."""
     from tbps_common.datasets.commands import main
-
-    return main(argv)
-
-
-@command
-def synth_main(argv: list[str]) -> int:
-    """`tbps-synth`: draw the synthetic pedestrians and write every data-set layout."""
-    from tbps_common.synth.commands import main
 
     return main(argv)

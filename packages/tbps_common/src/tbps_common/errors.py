@@ -1,7 +1,7 @@
 """Errors whose message is written for the person at the keyboard.
 
 Every message is one complete sentence that names the file, record or flag and says what to do about it.
-`tbps_common.command.command` prints it as one line and exits with status 2.
+`tbps_common.run.command.command` prints it as one line and exits with status 2.
 """
 
 

@@ -13,7 +13,7 @@ from cmlfa.datasets.samplers import DistributedIdentitySampler, RandomIdentitySa
 from cmlfa.datasets.transforms import build_transforms
 from tbps_common.datasets import DATASETS
 from tbps_common.errors import DatasetError, InputError
-from tbps_common.loading import ReplacingItems, replaced_items
+from tbps_common.run.batches import ReplacingItems, replaced_items
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:

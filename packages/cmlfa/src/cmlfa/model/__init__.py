@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from cmlfa.model.cmlfa import CMLFA, build_model
     from cmlfa.model.safl import SAFL
     from cmlfa.model.settings import ModelSettings
-    from cmlfa.model.tiny import write_tiny_clip
     from cmlfa.model.weights import load_checkpoint, official_param_order
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "load_checkpoint",
     "official_param_order",
     "resize_pos_embed",
-    "write_tiny_clip",
 ]
 
 _HOME = {
@@ -34,7 +32,6 @@ _HOME = {
     "load_checkpoint": "cmlfa.model.weights",
     "official_param_order": "cmlfa.model.weights",
     "resize_pos_embed": "cmlfa.model.clip",
-    "write_tiny_clip": "cmlfa.model.tiny",
 }
 
 

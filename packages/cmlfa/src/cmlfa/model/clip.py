@@ -140,7 +140,7 @@ def load_start_weights(clip: CLIP, state: Mapping[str, Tensor], grid: tuple[int,
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    from tbps_common.checkpoint import load_state_dict_strictly
+    from tbps_common.run.checkpoint import load_state_dict_strictly
 
     wanted = clip.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in wanted}

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 logger = logging.getLogger("cmlfa.model")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 
 logger = logging.getLogger("cmlfa.model")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbps_common.distributed import Ranks
 from tbps_common.errors import CheckpointError
+from tbps_common.run.distributed import Ranks
 
 logger = logging.getLogger("IRRA.train")
 

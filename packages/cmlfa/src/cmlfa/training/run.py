@@ -28,12 +28,12 @@ from cmlfa.training.run_directory import (
     remove_partial_checkpoints,
     resume_checkpoint,
 )
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
-from tbps_common.distributed import Ranks, broadcast_object
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import ReplacingItems
-from tbps_common.logs import RunLog
-from tbps_common.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
+from tbps_common.run.batches import ReplacingItems
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
+from tbps_common.run.distributed import Ranks, broadcast_object
+from tbps_common.run.logs import RunLog
+from tbps_common.run.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
+from tbps_common.run.stop import AgreedStop, Interruption
 
 logger = logging.getLogger("IRRA.train")
 

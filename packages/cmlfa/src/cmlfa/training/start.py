@@ -10,9 +10,9 @@ import cmlfa
 from cmlfa.model.cmlfa import resolve_precision
 from cmlfa.options import default_options
 from cmlfa.training.run import TrainingRun
-from tbps_common.device import choose_device, device_sentence
-from tbps_common.distributed import Ranks, process_group
-from tbps_common.logs import run_log
+from tbps_common.run.device import choose_device, device_sentence
+from tbps_common.run.distributed import Ranks, process_group
+from tbps_common.run.logs import run_log
 
 # The other processes wait while the main one evaluates. A process that dies is noticed by torchrun at once.
 TIMEOUT_MINUTES = 120

@@ -14,8 +14,8 @@ from diana.chat.gallery import (
     require_checkpoint,
     write_gallery,
 )
-from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import GalleryError, InputError
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 DESCRIPTION = """\
 Compute the features of all images of a folder once, for diana-chat:
@@ -88,7 +88,7 @@ def listed_images(source: str) -> list[str]:
     Raises:
         InputError: nothing is there.
     """
-    from tbps_common.gallery import find_images
+    from tbps_common.search.gallery import find_images
 
     file = Path(source)
     if not file.is_file():
@@ -109,7 +109,7 @@ def _encode(flags: argparse.Namespace, folder: Path, images: list[str], earlier:
     from diana.data import build_eval_transform
     from diana.model import load_diana
     from diana.retrieval import encode_images
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     dtype = {"checkpoint": None, "fp32": torch.float32, "bf16": torch.bfloat16}[flags.dtype]
     model, _ = load_diana(folder, device=choose_device(flags.device), dtype=dtype)

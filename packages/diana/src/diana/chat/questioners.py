@@ -9,7 +9,7 @@ from diana.chat.questions import Question, open_questions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbps_common.llm import ChatClient
+    from tbps_common.pipeline import ChatClient
 
 Round = list[dict[str, str]]
 Score = Callable[[Sequence[Sequence[Round]]], "Tensor"]
@@ -110,7 +110,7 @@ class LanguageModel:
     def __call__(self, rounds: Sequence[Round]) -> str | None:
         """The model's question, or the substitute's."""
         from diana.dialogues.roles import ask_question
-        from tbps_common.llm import BadReply, Rejected, RequestFailed, ServerRefusal, ask_once
+        from tbps_common.pipeline import BadReply, Rejected, RequestFailed, ServerRefusal, ask_once
 
         if self._client is None:
             return self._substitute(rounds)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from diana.chat.gallery import Gallery, read_gallery, read_header, require_checkpoint
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, Questioner, Round, make_round
-from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbps_common.llm import ChatClient
+    from tbps_common.pipeline import ChatClient
 
 DESCRIPTION = """\
 Find a person by answering questions; after every answer the best pictures are listed and drawn.
@@ -107,8 +107,8 @@ def main(argv: list[str]) -> int:
     require_checkpoint(index, read_header(index), folder)
     client = _client(flags)
     from diana.model import load_diana
-    from tbps_common.device import choose_device
     from tbps_common.images import missing_images
+    from tbps_common.run.device import choose_device
 
     gallery = read_gallery(index)
     model, tokenizer = load_diana(folder, device=choose_device(flags.device))
@@ -209,7 +209,7 @@ def _client(flags: argparse.Namespace) -> "ChatClient | None":
             raise InputError("--base_url needs --model: name the model that the server has")
         return None
     from diana.dialogues.roles import SAMPLING
-    from tbps_common.llm import ChatClient
+    from tbps_common.pipeline import ChatClient
 
     return ChatClient(
         flags.model,

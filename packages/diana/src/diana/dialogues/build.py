@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
-from tbps_common.arguments import HelpFormatter, number, whole_number
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 if TYPE_CHECKING:
-    from tbps_common.llm import ChatClient, Conversation, Outcome
+    from tbps_common.pipeline import ChatClient, Conversation, Outcome
 
 DESCRIPTION = """\
 Write dialogues about images that have captions. For each image one language model plays two roles: one asks and sees
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
     out = Path(flags.out)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name the JSON file to write")
-    from tbps_common.llm import ChatClient
-    from tbps_common.stages import begin_manifest, finish_manifest
+    from tbps_common.pipeline import ChatClient
+    from tbps_common.pipeline.stages import begin_manifest, finish_manifest
 
     client = ChatClient(
         flags.model,
@@ -97,9 +97,9 @@ def build(
         attempts: how often one question is put, at most, while its answers do not fit.
 
     Returns:
-        How it ended; images that failed are in the side files of `tbps_common.llm.run`.
+        How it ended; images that failed are in the side files of `tbps_common.pipeline.run`.
     """
-    from tbps_common.llm import Conversations, run
+    from tbps_common.pipeline import Conversations, run
 
     async def converse(image: CaptionedImage, conversation: "Conversation") -> dict[str, Any]:
         return record(image, await dialogue(conversation, image, rounds, seed))
@@ -186,7 +186,7 @@ def _write(out: Path, images: Sequence[CaptionedImage], journal: Path) -> None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The readable records of a journal; none if there is no such file."""
-    from tbps_common.llm.journal import read_json_lines
+    from tbps_common.pipeline.journal import read_json_lines
 
     return [entry for _, entry in read_json_lines(path) if isinstance(entry, dict)] if path.exists() else []
 

@@ -8,7 +8,7 @@ Round = list[dict[str, str]]
 Message = dict[str, Any]
 
 Turn = tuple[list[Message], Callable[[str], str]]
-"""Messages to the model, and what makes a line of its answer; that raises `tbps_common.llm.Rejected`."""
+"""Messages to the model, and what makes a line of its answer; that raises `tbps_common.pipeline.Rejected`."""
 
 UNKNOWN = "I do not remember."
 SAMPLING = {"max_tokens": 120}
@@ -82,7 +82,7 @@ def one_line(text: str, longest: int) -> str:
 
 def _misfit(reason: str) -> Exception:
     """A model that takes the most probable words answers the same again, unless it is told what was wrong."""
-    from tbps_common.llm import Rejected
+    from tbps_common.pipeline import Rejected
 
     return Rejected(reason, remark=f"That did not fit: {reason}. Try again.")
 

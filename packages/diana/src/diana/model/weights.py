@@ -38,7 +38,7 @@ def read_state(folder: Path) -> dict[str, "Tensor"]:
     Raises:
         CheckpointError: there is no weight file, or one is missing, damaged or not plain data.
     """
-    from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
+    from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
@@ -78,7 +78,7 @@ def load_state(model: "nn.Module", state: Mapping[str, "Tensor"], *, source: str
     Raises:
         CheckpointError: names or shapes do not fit; nothing of the model has changed.
     """
-    from tbps_common.checkpoint import load_state_dict_strictly
+    from tbps_common.run.checkpoint import load_state_dict_strictly
 
     state = _without_buffers(state)
     has_refiner = any(name.startswith("refiner.") for name in model.state_dict())
@@ -112,7 +112,7 @@ def load_backbone(tower: "nn.Module", folder: Path, prefix: str, heads: tuple[st
     Raises:
         CheckpointError: as `read_state`, or names or shapes do not fit.
     """
-    from tbps_common.checkpoint import load_state_dict_strictly
+    from tbps_common.run.checkpoint import load_state_dict_strictly
 
     state = {name: tensor for name, tensor in read_state(folder).items() if not name.startswith(heads)}
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from tbps_common.loading import EpochBatches
+from tbps_common.run.batches import EpochBatches
 
 _POOL_BATCHES = 50
 

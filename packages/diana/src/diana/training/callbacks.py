@@ -9,9 +9,9 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diana.training.checkpoint_folders import checkpoints, delete
-from tbps_common.distributed import barrier
-from tbps_common.interruption import AgreedStop
-from tbps_common.loading import ReplacedItems
+from tbps_common.run.batches import ReplacedItems
+from tbps_common.run.distributed import barrier
+from tbps_common.run.stop import AgreedStop
 
 
 class Bar(ProgressCallback):

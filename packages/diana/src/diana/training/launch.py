@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tbps_common.command import command
+from tbps_common.run.command import command
 
 
 def launch_command(argv: Sequence[str], devices: int) -> list[str]:

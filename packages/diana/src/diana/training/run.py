@@ -25,10 +25,10 @@ from diana.training.trainer_flags import read_trainer_flags, take_flag
 from tbps_common.errors import CheckpointError
 from tbps_common.files import write_json
 from tbps_common.images import check_images_exist
-from tbps_common.interruption import AgreedStop, Interruption
+from tbps_common.run.stop import AgreedStop, Interruption
 
 if TYPE_CHECKING:
-    from tbps_common.distributed import Ranks
+    from tbps_common.run.distributed import Ranks
 
 
 def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         FloatingPointError: the loss is no longer finite.
     """
     adopt_launcher()
-    from tbps_common.distributed import Ranks, broadcast_object
+    from tbps_common.run.distributed import Ranks, broadcast_object
 
     ranks = Ranks.from_environment()
     if not ranks.distributed:
@@ -121,7 +121,7 @@ def _train(
 
     from diana.training.callbacks import ReportReplaced, StopOnSignal, WholeCheckpoints
     from diana.training.trainer import DianaTrainer
-    from tbps_common.loading import replaced_items
+    from tbps_common.run.batches import replaced_items
 
     unfinished = output_dir / UNFINISHED
     replaced = earlier_results(output_dir) if checkpoint is None else []
@@ -158,7 +158,7 @@ def _train(
         trainer.save_final(output_dir, model.config.checkpoint_dtype)
         _say_metrics(say, result.metrics, len(dataset))
         say(f"the model is in {output_dir}")
-    from tbps_common.distributed import barrier
+    from tbps_common.run.distributed import barrier
 
     barrier()
     if ranks.is_main:
@@ -204,7 +204,7 @@ def _checkpoint(args: argparse.Namespace, trainer_args: Any, output_dir: Path) -
 
 def _check_readable(folder: Path) -> None:
     """Read the files of a run's state once: the trainer would answer damage with a traceback."""
-    from tbps_common.checkpoint import load_checkpoint_file
+    from tbps_common.run.checkpoint import load_checkpoint_file
 
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         if (folder / name).is_file():
@@ -214,7 +214,7 @@ def _check_readable(folder: Path) -> None:
 
 
 def _device_sentence(device: Any, ranks: "Ranks", requested: str, *, use_deepspeed: bool) -> str:
-    from tbps_common.device import device_sentence
+    from tbps_common.run.device import device_sentence
 
     how = "DeepSpeed" if use_deepspeed else f"{ranks.world_size} process(es)"
     return device_sentence(requested, device, how)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dp_gen.annotation.prompts import build_prompt
-from tbps_common.llm.journal import read_json_lines
+from tbps_common.pipeline.journal import read_json_lines
 
 
 @dataclass(frozen=True)

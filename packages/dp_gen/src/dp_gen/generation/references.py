@@ -15,7 +15,7 @@ from dp_gen.data.transforms import attribute_transforms
 from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import find_damage, read_image
-from tbps_common.llm.journal import read_json_lines
+from tbps_common.pipeline.journal import read_json_lines
 
 POOL_LIST = "references.jsonl"
 _UNCOUNTED = ("hair", "bangs", "footwear", "denim")

@@ -13,11 +13,11 @@ from dp_gen.contact_sheet import SheetLine, write_contact_sheet
 from dp_gen.run_settings import require_same_settings, store_settings
 from tbps_common.files import atomic_path, write_text
 from tbps_common.images import read_image
-from tbps_common.interruption import Interruption
-from tbps_common.llm.journal import Journal, read_json_lines
-from tbps_common.progress import Progress
+from tbps_common.pipeline.journal import Journal, read_json_lines
+from tbps_common.pipeline.stages import Shard
 from tbps_common.report.pictures import spread
-from tbps_common.stages import Shard
+from tbps_common.run.progress import Progress
+from tbps_common.run.stop import Interruption
 
 STEM = "edits"
 MANIFEST, SETTINGS_NAME, SHEET = f"{STEM}.jsonl", "generate_settings.json", "contact_sheet.png"

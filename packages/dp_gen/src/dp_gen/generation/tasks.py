@@ -13,8 +13,8 @@ from dp_gen.data_layout import FolderLayout
 from dp_gen.generation.references import Reference, rewrite
 from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
-from tbps_common.llm.journal import read_json_lines
-from tbps_common.loading import item_seed
+from tbps_common.pipeline.journal import read_json_lines
+from tbps_common.run.batches import item_seed
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 
 _VAE_ATTENTION = re.compile(r"(vae\.(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.")
 _NEW_VAE_ATTENTION = re.compile(r"(vae\.(?:encoder|decoder)\.mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)\.")

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from dp_gen.model.weights import STATE_FILES, write_errors
-from tbps_common.checkpoint import load_checkpoint_file
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import load_checkpoint_file
 
 WEIGHTS = STATE_FILES[0]
 OPTIMIZER, SCHEDULER, SCALER, PROGRESS = "optimizer.bin", "scheduler.bin", "scaler.pt", "progress.json"

@@ -25,15 +25,14 @@ from dp_gen.training import checkpoints
 from dp_gen.training.checkpoints import Progress
 from dp_gen.training.optimizer import build_lr_scheduler, build_optimizer, set_trainable
 from dp_gen.training.progress_log import ProgressLog
-from tbps_common.checkpoint import load_checkpoint_file
-from tbps_common.distributed import Ranks, broadcast_object
 from tbps_common.errors import CheckpointError
 from tbps_common.files import write_json
-from tbps_common.finite import FiniteLoss
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import EpochBatches, SeededItems, item_seed, replaced_items
-from tbps_common.logs import RunLog
-from tbps_common.randomness import seed_worker
+from tbps_common.run.batches import EpochBatches, SeededItems, item_seed, replaced_items
+from tbps_common.run.checkpoint import load_checkpoint_file
+from tbps_common.run.distributed import Ranks, broadcast_object
+from tbps_common.run.logs import RunLog
+from tbps_common.run.randomness import seed_worker
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 PROJECT = "DiversePerson"
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,10 +10,10 @@ import torch
 import dp_gen
 from dp_gen.options import parse_args
 from dp_gen.training.run import TrainingRun
-from tbps_common.device import device_sentence
-from tbps_common.distributed import Ranks
 from tbps_common.errors import InputError
-from tbps_common.logs import run_log
+from tbps_common.run.device import device_sentence
+from tbps_common.run.distributed import Ranks
+from tbps_common.run.logs import run_log
 
 logger = logging.getLogger(__name__)
 

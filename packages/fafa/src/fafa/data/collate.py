@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
 from tbps_common.errors import DatasetError
-from tbps_common.loading import EpochBatches, SeededItems
+from tbps_common.run.batches import EpochBatches, SeededItems
 
 
 def collate_fn(items: Sequence[Any]) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fafa.model.layout import POSITION_IDS, QUERY_TOKENS, layout
 from fafa.model.settings import ModelSettings
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 # First match wins; what follows a prefix is kept.
 _PREFIXES = (

@@ -10,8 +10,8 @@ from fafa.model.blip2 import Blip2FAFACPR
 from fafa.model.settings import read_settings
 from fafa.model.start_weights import local_file
 from fafa.processors import BlipCaptionProcessor, blip_image_train
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.errors import InputError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 NAME = "blip2_fafa_cpr"
 

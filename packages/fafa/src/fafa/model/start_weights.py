@@ -25,8 +25,8 @@ from fafa.model.weights import (
     load_weights,
     official_state_dict,
 )
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 if TYPE_CHECKING:
     from fafa.model.backbone import Blip2

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fafa.model.layout import POSITION_IDS, QUERY_TOKENS, Entry, position_key
-from tbps_common.checkpoint import find_state_dict
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import find_state_dict
 
 if TYPE_CHECKING:
     from fafa.model.backbone import Blip2

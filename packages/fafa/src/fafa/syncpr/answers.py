@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from fafa.syncpr.prompts import QUADRUPLE_KEYS, QUESTION_KEYS
-from tbps_common.llm import Rejected
+from tbps_common.pipeline import Rejected
 
 CAPTION_WORDS = (6, 80)
 EDIT_WORDS = (2, 40)

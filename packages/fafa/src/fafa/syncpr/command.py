@@ -3,8 +3,8 @@
 import argparse
 from importlib import import_module
 
-from tbps_common.arguments import HelpFormatter
-from tbps_common.stages import Shard, shard
+from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.run.arguments import HelpFormatter
 
 DESCRIPTION = """\
 Make training data for composed person retrieval, as the paper made SynCPR: texts by a chat model, pictures by a
@@ -18,7 +18,6 @@ text-to-image model, filters, and the annotation file that fafa-train reads.
   fafa-syncpr pairs      --out pairs ...    training pictures for the LoRA: two views of one person, side by side
   fafa-syncpr lora       --out lora ...     a LoRA that makes the text-to-image model draw one person twice
   fafa-syncpr cost                          GPU-hours and disk space at the paper's sizes, or at yours
-  fafa-syncpr toy        --out toy          all of it on this machine with tiny models, from nothing to a trained FAFA
 
 Every stage can be killed and run again, and --shard i/n spreads it over n machines or GPUs that share the folder.
 """
@@ -32,8 +31,6 @@ _STAGES = {
     "pairs": ("pairs", "side-by-side training pictures for the LoRA", ()),
     "lora": ("lora", "fine-tune the text-to-image model", ("device", "dtype")),
     "cost": ("cost", "GPU-hours and disk space, by arithmetic", ()),
-    "tiny": ("tiny", "tiny models of random weights, to try the stages", ()),
-    "toy": ("toy", "from nothing to a trained FAFA, on this machine", ()),
 }
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 

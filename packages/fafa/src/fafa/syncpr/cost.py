@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from tbps_common.arguments import number, whole_number
+from tbps_common.run.arguments import number, whole_number
 
 DESCRIPTION = """\
 Compute GPU-hours and disk space of the stages. Every assumption is a flag: put in what you measure (each stage prints its

@@ -28,11 +28,11 @@ from fafa.syncpr.records import (
     load_quadruples,
     pair_key,
 )
-from tbps_common.arguments import number, whole_number
 from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json, write_text
-from tbps_common.stages import Dropped, StageOutcome, begin_manifest, finish_manifest, manifest_path, run_stage
+from tbps_common.pipeline.stages import Dropped, StageOutcome, begin_manifest, finish_manifest, manifest_path, run_stage
+from tbps_common.run.arguments import number, whole_number
 
 DESCRIPTION = """\
 Keep the pairs that show what they should.
@@ -186,7 +186,7 @@ def _score(flags: argparse.Namespace, pairs: list[dict[str, Any]], quadruples: d
 def _scorer(flags: argparse.Namespace) -> Any:
     from fafa.syncpr.scoring import PairScorer
     from fafa.syncpr.text_to_image import choose_dtype
-    from tbps_common.device import choose_device, device_sentence
+    from tbps_common.run.device import choose_device, device_sentence
 
     device = choose_device(flags.device)
     dtype = choose_dtype(flags.dtype, device)
@@ -195,7 +195,7 @@ def _scorer(flags: argparse.Namespace) -> Any:
 
 
 def _client(flags: argparse.Namespace) -> Any:
-    from tbps_common.llm import ChatClient
+    from tbps_common.pipeline import ChatClient
 
     return ChatClient(
         flags.vlm_model,
@@ -216,7 +216,7 @@ def _verdict_file(flags: argparse.Namespace) -> Path:
 def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]) -> Any:
     """Put the questions about each pair that has no answer yet."""
     from fafa.syncpr.answers import read_verdict
-    from tbps_common import llm
+    from tbps_common import pipeline
 
     root = Path(flags.out)
 
@@ -230,7 +230,7 @@ def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], qu
         return {"quadruple_id": pair["quadruple_id"], "variant": pair["variant"]}
 
     path = _verdict_file(flags)
-    job: llm.Job[dict[str, Any]] = llm.Job(
+    job: pipeline.Job[dict[str, Any]] = pipeline.Job(
         items=pairs,
         keys=lambda pair: (pair_key(pair),),
         record_key=key_in(path),
@@ -240,7 +240,7 @@ def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], qu
         order=pair_key,
     )
     begin_manifest(path, {"model": flags.vlm_model, "prompt": QUESTION_PROMPT_MARK}, {"server": client.server})
-    outcome = llm.run(job, client, path, unit="pair")
+    outcome = pipeline.run(job, client, path, unit="pair")
     finish_manifest(
         path,
         finished=not outcome.failed and outcome.refusal is None and outcome.interrupted is None,
@@ -267,7 +267,7 @@ def data_url(path: Path) -> str:
 
 def _read(path: Path, parts: dict[str, Callable[[Any], bool]]) -> list[dict[str, Any]]:
     """The records of a file of this stage, each of which has these parts in the form that they must have."""
-    from tbps_common.llm.journal import read_json_lines
+    from tbps_common.pipeline.journal import read_json_lines
 
     records = []
     for line, record in read_json_lines(path):
@@ -292,7 +292,7 @@ def _are_answers(value: Any) -> bool:
 
 def _note_verdicts(path: Path, verdicts: dict[Any, dict[str, bool]]) -> None:
     """Enter the answers into the scores."""
-    from tbps_common.llm.journal import Journal
+    from tbps_common.pipeline.journal import Journal
 
     with Journal(path) as journal:
         journal.rewrite(
@@ -313,7 +313,7 @@ def _keep(
     finished: bool,
 ) -> str:
     """Write what passes, and what does not with the reason; returns a sentence."""
-    from tbps_common.llm.journal import encode
+    from tbps_common.pipeline.journal import encode
 
     output = flags.shard.file(flags.out, KEPT)
     kept, dropped = [], []

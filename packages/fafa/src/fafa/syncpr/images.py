@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fafa.syncpr.libraries import require_extra, require_model_folder
 from fafa.syncpr.prompts import IMAGE_TEMPLATE, image_prompt
 from fafa.syncpr.records import IMAGES, is_own, key_in, load_quadruples
-from tbps_common.arguments import number, whole_number
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path
-from tbps_common.stages import Dropped, run_stage
+from tbps_common.pipeline.stages import Dropped, run_stage
+from tbps_common.run.arguments import number, whole_number
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -166,7 +166,7 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _painter(flags: argparse.Namespace) -> "TextToImage":
     from fafa.syncpr.text_to_image import TextToImage, choose_dtype, load_lora, load_pipeline
-    from tbps_common.device import choose_device, device_sentence
+    from tbps_common.run.device import choose_device, device_sentence
 
     device = choose_device(flags.device)
     dtype = choose_dtype(flags.dtype, device)
@@ -188,7 +188,7 @@ def _count_cut(painter: "TextToImage", prompts: Sequence[str]) -> int:
 
 
 def _maker(flags: argparse.Namespace, painter: "TextToImage", sampling: Any, prompts: dict[int, str]) -> Any:
-    from tbps_common.loading import item_seed
+    from tbps_common.run.batches import item_seed
 
     root = Path(flags.out)
 

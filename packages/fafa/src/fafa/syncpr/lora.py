@@ -7,8 +7,8 @@ from typing import Any
 
 from fafa.syncpr.libraries import require_extra, require_model_folder
 from fafa.syncpr.pairs import CAPTIONS
-from tbps_common.arguments import add_bad_images_flag, number, whole_number
 from tbps_common.errors import DatasetError, InputError
+from tbps_common.run.arguments import add_bad_images_flag, number, whole_number
 
 DESCRIPTION = """\
 Train a LoRA on the attention of a text-to-image model (Stable Diffusion 1 and 2, Flux) with pictures and captions:
@@ -71,7 +71,7 @@ def read_captions(folder: str | Path) -> list[tuple[str, str]]:
         DatasetError: the file or a line cannot be used, or pictures are missing.
     """
     from tbps_common.images import check_images_exist
-    from tbps_common.llm.journal import read_json_lines
+    from tbps_common.pipeline.journal import read_json_lines
 
     path = Path(folder) / CAPTIONS
     items = []

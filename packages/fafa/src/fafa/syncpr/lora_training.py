@@ -15,18 +15,17 @@ from fafa.syncpr.denoising import LORA_TARGETS, Denoising, denoising_of
 from fafa.syncpr.libraries import quiet_libraries
 from fafa.syncpr.lora import WEIGHTS, settings_of
 from fafa.syncpr.text_to_image import choose_dtype, load_pipeline
-from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
-from tbps_common.device import choose_device, device_sentence
-from tbps_common.distributed import Ranks, barrier, process_group
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import atomic_path
-from tbps_common.finite import FiniteLoss
 from tbps_common.images import read_image
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.llm import Journal
-from tbps_common.loading import EpochBatches, SeededItems, replaced_items
-from tbps_common.progress import Progress
-from tbps_common.stages import begin_manifest, finish_manifest
+from tbps_common.pipeline import Journal
+from tbps_common.pipeline.stages import begin_manifest, finish_manifest
+from tbps_common.run.batches import EpochBatches, SeededItems, replaced_items
+from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
+from tbps_common.run.device import choose_device, device_sentence
+from tbps_common.run.distributed import Ranks, barrier, process_group
+from tbps_common.run.progress import Progress
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 _STATE = "training_state.pt"
 _LARGEST_GRADIENT = 1.0

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fafa.syncpr.records import KEPT, Quadruple, load_pairs, load_quadruples
-from tbps_common.arguments import whole_number
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import atomic_path, write_json
-from tbps_common.stages import manifest_path
+from tbps_common.pipeline.stages import manifest_path
+from tbps_common.run.arguments import whole_number
 
 DESCRIPTION = """\
 Write SynCPR.json from kept.jsonl; then train with it:

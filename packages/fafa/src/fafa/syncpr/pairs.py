@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fafa.syncpr.images import check_template
 from fafa.syncpr.prompts import IMAGE_TEMPLATE, image_prompt
-from tbps_common.arguments import whole_number
 from tbps_common.errors import DatasetError
 from tbps_common.files import atomic_path, write_text
+from tbps_common.run.arguments import whole_number
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +53,7 @@ def run(flags: argparse.Namespace) -> int:
                 f"{flags.syncpr}: triplet {number} has no reference_caption and target_caption, which make the prompt"
             )
     from tbps_common.images import read_image
-    from tbps_common.progress import Progress
+    from tbps_common.run.progress import Progress
 
     lines = []
     with Progress(len(chosen), unit="pair") as progress:

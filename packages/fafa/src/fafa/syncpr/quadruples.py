@@ -12,10 +12,10 @@ from fafa.syncpr.libraries import require_extra
 from fafa.syncpr.prompts import QUADRUPLE_KEYS, QUADRUPLE_PROMPT_MARK, quadruple_messages
 from fafa.syncpr.records import DROPPED_SUFFIX, QUADRUPLES, REQUESTS, SeenCaptions
 from fafa.syncpr.seeds import SeedLists, read_seed_lists
-from tbps_common.arguments import number, whole_number
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
-from tbps_common.stages import Shard, begin_manifest, finish_manifest
+from tbps_common.pipeline.stages import Shard, begin_manifest, finish_manifest
+from tbps_common.run.arguments import number, whole_number
 
 DESCRIPTION = """\
 Let a chat model of any OpenAI-compatible server write quadruples: two captions of one person in different pictures, and
@@ -128,7 +128,7 @@ class _Stage:
 
     def run(self) -> int:
         """Ask, and ask for more in place of what was dropped, until there are enough."""
-        from tbps_common import llm
+        from tbps_common import pipeline
 
         flags = self.flags
         if not flags.resume and self.requests.exists():
@@ -140,7 +140,9 @@ class _Stage:
         places = max(_requests_for(self.wanted, flags.per_request), self._places_answered())
         seconds, asked, retries = 0.0, 0, 0
         for _ in range(_MOST_ROUNDS):
-            outcome = llm.run(self._job(places), client, self.requests, tries=flags.tries, say=_say, unit="request")
+            outcome = pipeline.run(
+                self._job(places), client, self.requests, tries=flags.tries, say=_say, unit="request"
+            )
             asked, seconds, retries = asked + outcome.done, seconds + outcome.seconds, retries + outcome.retries
             kept = self._assemble(places, outcome.seconds)
             if kept >= self.wanted or outcome.interrupted is not None or outcome.refusal or outcome.failed:
@@ -165,7 +167,7 @@ class _Stage:
 
     def _places_answered(self) -> int:
         """How far earlier runs came, those included that asked for more in place of what was dropped."""
-        from tbps_common.llm.journal import read_json_lines
+        from tbps_common.pipeline.journal import read_json_lines
 
         if not self.requests.exists():
             return 0
@@ -174,7 +176,7 @@ class _Stage:
         return 1 + max(numbers) // self.flags.shard.count if numbers else 0
 
     def _client(self) -> Any:
-        from tbps_common.llm import ChatClient
+        from tbps_common.pipeline import ChatClient
 
         flags = self.flags
         return ChatClient(
@@ -189,7 +191,7 @@ class _Stage:
         )
 
     def _job(self, places: int) -> Any:
-        from tbps_common.llm import Job
+        from tbps_common.pipeline import Job
 
         flags = self.flags
 
@@ -219,7 +221,7 @@ class _Stage:
 
     def _assemble(self, places: int, seconds: float) -> int:
         """Write the quadruples out of all answers, without duplicates; returns their number."""
-        from tbps_common.llm.journal import encode
+        from tbps_common.pipeline.journal import encode
 
         answers, unusable = _read_answers(self.requests)
         seen = SeenCaptions()
@@ -264,7 +266,7 @@ class _Stage:
 
 def _read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The stored answers in the order of their requests, and the number of requests that never got a usable one."""
-    from tbps_common.llm.journal import read_json_lines
+    from tbps_common.pipeline.journal import read_json_lines
 
     answers = []
     for line, record in read_json_lines(path):

@@ -8,7 +8,7 @@ from typing import Any
 from fafa.syncpr.answers import caption_key
 from fafa.syncpr.prompts import QUADRUPLE_KEYS
 from tbps_common.errors import DatasetError
-from tbps_common.stages import Shard, read_stage
+from tbps_common.pipeline.stages import Shard, read_stage
 
 QUADRUPLES, REQUESTS, IMAGES, SCORES, VERDICTS, KEPT = "quadruples", "requests", "images", "scores", "vlm", "kept"
 DROPPED_SUFFIX = ".dropped.jsonl"

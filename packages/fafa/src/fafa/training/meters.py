@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tbps_common.distributed import Ranks
+from tbps_common.run.distributed import Ranks
 
 
 class Meters:

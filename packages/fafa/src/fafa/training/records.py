@@ -12,7 +12,7 @@ from torch import nn
 from fafa.checkpoint import save_model
 from fafa.training.run_directory import BEST_BY_EPOCH, BEST_BY_STEP, LAST, TABLES, WEIGHTS, Table
 from fafa.training.state import Progress
-from tbps_common.distributed import Ranks
+from tbps_common.run.distributed import Ranks
 
 logger = logging.getLogger("fafa.train")
 

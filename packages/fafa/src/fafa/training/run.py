@@ -32,12 +32,11 @@ from fafa.training.state import (
 )
 from fafa.training.validation import Validator
 from fafa.transforms import build_transforms
-from tbps_common.distributed import Ranks, broadcast_object, gather_objects
-from tbps_common.finite import FiniteLoss
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import EpochBatches
-from tbps_common.logs import RunLog
-from tbps_common.randomness import all_rng_states, seed_everything, set_rng_state
+from tbps_common.run.batches import EpochBatches
+from tbps_common.run.distributed import Ranks, broadcast_object, gather_objects
+from tbps_common.run.logs import RunLog
+from tbps_common.run.randomness import all_rng_states, seed_everything, set_rng_state
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 logger = logging.getLogger("fafa.train")
 

@@ -13,8 +13,8 @@ from fafa.checkpoint import load_checkpoint
 from fafa.model import Blip2FAFACPR, place
 from fafa.model.settings import write_model_config
 from fafa.training.run_directory import LOG, back_up_code, create_run_directory, write_hyperparameters
-from tbps_common.distributed import Ranks, broadcast_object
-from tbps_common.logs import RunLog
+from tbps_common.run.distributed import Ranks, broadcast_object
+from tbps_common.run.logs import RunLog
 
 logger = logging.getLogger("fafa.train")
 

@@ -12,9 +12,9 @@ from fafa.preflight import RunInputs
 from fafa.training.precision import StepPrecision
 from fafa.training.run import TrainingRun
 from tbps_common.datasets.table import log_table
-from tbps_common.device import choose_device, device_sentence
-from tbps_common.distributed import Ranks, process_group
-from tbps_common.logs import run_log
+from tbps_common.run.device import choose_device, device_sentence
+from tbps_common.run.distributed import Ranks, process_group
+from tbps_common.run.logs import run_log
 
 # Processes wait for each other's part of a validation. One that dies is noticed by torchrun at once.
 TIMEOUT_MINUTES = 120

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fafa.training.run_directory import STATE
-from tbps_common.checkpoint import load_checkpoint_file, load_state_dict_strictly, save_checkpoint
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import load_checkpoint_file, load_state_dict_strictly, save_checkpoint
 
 FORMAT = "fafa-state/1"
 

@@ -12,7 +12,7 @@ from fafa.extraction import CacheBudget, Extractor, StateCache
 from fafa.model.blip2 import Blip2FAFACPR
 from fafa.transforms import Transform
 from tbps_common.datasets import ITCPR
-from tbps_common.distributed import Ranks, broadcast_object
+from tbps_common.run.distributed import Ranks, broadcast_object
 
 logger = logging.getLogger("fafa.train")
 

@@ -20,17 +20,16 @@ from mra.dad.finetune import LOG_NAME, MANIFEST_NAME, STATE_NAME
 from mra.dad.models import choose_dtype
 from mra.dad.pairs import Pairs
 from mra.dad.work import digest, versions
-from tbps_common.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.datasets import ProcessedTrain
-from tbps_common.device import device_sentence
-from tbps_common.distributed import Ranks, barrier, broadcast_object
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import write_json, write_text
-from tbps_common.finite import FiniteLoss
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import EpochBatches, SeededItems, replaced_items
-from tbps_common.logs import RunLog
-from tbps_common.randomness import all_rng_states, seed_everything, seed_worker, set_rng_state
+from tbps_common.run.batches import EpochBatches, SeededItems, replaced_items
+from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
+from tbps_common.run.device import device_sentence
+from tbps_common.run.distributed import Ranks, barrier, broadcast_object
+from tbps_common.run.logs import RunLog
+from tbps_common.run.randomness import all_rng_states, seed_everything, seed_worker, set_rng_state
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 logger = logging.getLogger("mra.dad")
 

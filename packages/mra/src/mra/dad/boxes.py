@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tbps_common.stages import Record
+from tbps_common.pipeline.stages import Record
 
 DECIMALS = 4
 NO_PHRASE, TOO_SMALL, REPEATED = "no phrase", "too small", "repeated"

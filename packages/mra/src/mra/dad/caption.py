@@ -15,7 +15,7 @@ from mra.dad.work import (
     run,
     with_pictures,
 )
-from tbps_common.stages import Dropped, Record
+from tbps_common.pipeline.stages import Dropped, Record
 
 NO_WORDS = "empty caption"
 
@@ -40,7 +40,7 @@ def _build(args: argparse.Namespace) -> Process:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from mra.dad.models import choose_dtype, load, quiet
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device, on_gpu="fp16")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mra.dad.options import EPOCHS, HEIGHT, VARIANTS, WIDTH
-from tbps_common.arguments import HelpFormatter, number, whole_number
-from tbps_common.command import command
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
+from tbps_common.run.command import command
 
 CAPTIONS = 68126
 """Training captions of CUHK-PEDES."""

@@ -16,7 +16,7 @@ from mra.dad.work import (
     run,
     with_pictures,
 )
-from tbps_common.stages import Dropped, Record
+from tbps_common.pipeline.stages import Dropped, Record
 
 PUBLISHED_SHARE = 10.63
 """Of 1,362,520 pictures, in percent (paper)."""
@@ -55,7 +55,7 @@ def share_sentence(work: Path) -> str:
 
 def _build(args: argparse.Namespace) -> Process:
     from mra.dad.quality import chroma, judge_colour, judge_pose
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     estimate = None if args.pose_model == NO_POSE_MODEL else pose_estimator(args, choose_device(args.device))
 

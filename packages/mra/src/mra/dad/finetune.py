@@ -33,10 +33,10 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 
     from mra.dad.alignment import Alignment
-    from tbps_common.device import choose_device
-    from tbps_common.distributed import Ranks, process_group
-    from tbps_common.interruption import Interruption
-    from tbps_common.logs import run_log
+    from tbps_common.run.device import choose_device
+    from tbps_common.run.distributed import Ranks, process_group
+    from tbps_common.run.logs import run_log
+    from tbps_common.run.stop import Interruption
 
     device = choose_device(args.device, Ranks.from_environment().local_rank)
     with (

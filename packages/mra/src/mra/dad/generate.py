@@ -13,7 +13,7 @@ from mra.text.wordnet import SynonymTable, read_synonyms, require_wordnet
 from tbps_common.datasets import load_processed_train
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path
-from tbps_common.stages import Dropped, Record
+from tbps_common.pipeline.stages import Dropped, Record
 
 EMPTY, NOT_FINITE = "empty caption", "not a finite picture"
 
@@ -107,7 +107,7 @@ class _Prompts:
 
 
 def _build(args: argparse.Namespace, prompt_of: _Prompts) -> Process:
-    from tbps_common.device import choose_device
+    from tbps_common.run.device import choose_device
 
     device = choose_device(args.device)
     pipeline = load_pipeline(args, device)

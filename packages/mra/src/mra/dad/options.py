@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from mra.options import device, seed
-from tbps_common.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
-from tbps_common.stages import Shard, shard
+from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DESCRIPTION = """\
 Make a synthetic pre-training set in the style of a target data set, as SDA was made for CUHK-PEDES:
@@ -18,7 +18,7 @@ Make a synthetic pre-training set in the style of a target data set, as SDA was 
   python3 run.py --task "sda" --dist "f4" --output_dir "out/pre_sda"
 
 Every stage reads and writes plain files, goes on where it was stopped or killed when the same command is given again,
-and takes --shard i/n to share its work among n machines. mra-dad toy runs all of it on tiny networks.
+and takes --shard i/n to share its work among n machines. mra-dad-toy (tests/world) runs all of it on tiny networks.
 """
 
 # Beside the paper's settings; see docs/dad.md.
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="data/dad/model", metavar="DIR", help="folder of everything that is written")
-    _add_data(parser)
+    add_data(parser)
     parser.add_argument(
         "--model", default=DIFFUSION_MODEL, help="Stable Diffusion 1.x or 2.x: hub id, or folder in diffusers' layout"
     )
@@ -69,7 +69,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
         "lora: low-rank matrices in the attention layers, light",
     )
     parser.add_argument("--lora_rank", type=whole_number(1), default=16, help="of --method lora")
-    _add_size(parser)
+    add_size(parser)
     group = parser.add_argument_group("training (epochs are the paper's; the paper does not state the others)")
     group.add_argument("--epochs", type=whole_number(1), default=EPOCHS, help="passes over the captions (paper: 3)")
     group.add_argument(
@@ -96,7 +96,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
 
 def _generate(parser: argparse.ArgumentParser) -> None:
     _add_folders(parser)
-    _add_data(parser)
+    add_data(parser)
     parser.add_argument(
         "--model",
         default=DIFFUSION_MODEL,
@@ -105,7 +105,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--controlnet", metavar="DIR", help="what mra-dad finetune wrote, or a hub id")
     parser.add_argument("--lora", metavar="DIR", help="what mra-dad finetune --method lora wrote, or a hub id")
-    _add_size(parser)
+    add_size(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument(
         "--variants",
@@ -197,33 +197,7 @@ def _regions(parser: argparse.ArgumentParser) -> None:
     _add_stage(parser, batch_size=8)
 
 
-def _tiny(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the models into")
-    parser.add_argument("--lexicon", required=True, metavar="FILE", help="words of the captions, one per line")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
-    _add_size(parser, height=64, width=32)
-    group = parser.add_argument_group("training (without --steps all weights stay random)")
-    group.add_argument(
-        "--steps",
-        type=whole_number(0),
-        default=0,
-        help="of the diffusion model, and a third of them of the captioner, on:",
-    )
-    _add_data(group)
-
-
-def _toy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="dad_toy", metavar="DIR", help="folder of everything that is written")
-    parser.add_argument("--ids", type=whole_number(8), default=100, help="synthetic persons")
-    parser.add_argument(
-        "--steps", type=whole_number(0), default=900, help="of the training of the tiny diffusion model"
-    )
-    parser.add_argument("--captions", type=whole_number(1), default=20, help="captions that pictures are made of")
-    parser.add_argument("--variants", type=whole_number(1), default=4, help="pictures per caption")
-    parser.add_argument("--epochs", type=whole_number(1), default=1, help="of the fine-tuning and of the pre-training")
-
-
-def _add_data(parser: Any) -> None:
+def add_data(parser: Any) -> None:
     parser.add_argument(
         "--train_file",
         default="data/finetune/cuhk_train.json",
@@ -238,7 +212,7 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", default="images/SDA", metavar="DIR", help="folder of the generated pictures")
 
 
-def _add_size(parser: argparse.ArgumentParser, height: int = HEIGHT, width: int = WIDTH) -> None:
+def add_size(parser: argparse.ArgumentParser, height: int = HEIGHT, width: int = WIDTH) -> None:
     parser.add_argument("--height", type=whole_number(8), default=height, help="of the pictures, in pixels")
     parser.add_argument("--width", type=whole_number(8), default=width, help="of the pictures, in pixels")
 
@@ -288,16 +262,5 @@ _COMMANDS = {
         "find boxes and phrases, write the SDA files",
         "Find the regions that a caption speaks of, and write the JSON files that --task sda reads.\n"
         "With --shard, give all shares, then mra-dad regions --pack.",
-    ),
-    "tiny": (
-        _tiny,
-        "write tiny models to try the stages with",
-        "Write small models in the layouts of the real ones: DIR/diffusion, DIR/captioner, DIR/detector, DIR/pose.",
-    ),
-    "toy": (
-        _toy,
-        "all stages on synthetic persons, and MRA trained on the result",
-        "Draw a world of synthetic pedestrians, make tiny networks, run all five stages on them, and pre-train MRA's toy\n"
-        "on the result. Needs no download and no GPU. Every step is shown as the command it is.",
     ),
 }

@@ -8,7 +8,7 @@ from mra.dad.naming import annotation_name, caption_range, ranges
 from mra.dad.work import REGIONS, digest, image_of, read_input
 from tbps_common.errors import InputError
 from tbps_common.files import write_json, write_text
-from tbps_common.stages import Record
+from tbps_common.pipeline.stages import Record
 
 MANIFEST_NAME = "sda.manifest.json"
 FIELDS = ("image", "boxes", "logits", "phrases", "caption", "image_id")

@@ -16,7 +16,7 @@ from tbps_common.images import read_image
 class Pairs(Dataset[dict[str, Tensor]]):
     """Image-caption pairs for a diffusion model.
 
-    Noise and time step are drawn with the item, from the seed that `tbps_common.loading.SeededItems` gives it, so that
+    Noise and time step are drawn with the item, from the seed that `tbps_common.run.batches.SeededItems` gives it, so that
     they do not depend on batch size, processes or an interruption.
 
     Args:

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from tbps_common.errors import DatasetError, ImageError, InputError
 from tbps_common.images import check_images_exist, read_image
-from tbps_common.stages import Dropped, Record, manifest_path, read_stage, run_stage
+from tbps_common.pipeline.stages import Dropped, Record, manifest_path, read_stage, run_stage
 
 # Output of each stage, and the stage whose output it reads.
 GENERATED, FILTERED, CAPTIONED, REGIONS = "generated", "filtered", "captioned", "regions"

@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mra.data.datasets import FinetuneDataset, PretrainDataset
 from mra.text import TextMaskingGenerator, mlm_batch, tokenize
-from tbps_common.distributed import Ranks
-from tbps_common.loading import EpochBatches, ReplacedItems, SeededItems
-from tbps_common.randomness import seed_worker
+from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems
+from tbps_common.run.distributed import Ranks
+from tbps_common.run.randomness import seed_worker
 
 
 class TrainingItems(Dataset[dict[str, Tensor]]):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mra.model.position_tables import interpolate_relative_pos_embed
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 if TYPE_CHECKING:
     from mra.model.retrieval import Retrieval

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mra.model.text import TextEncoder
-from tbps_common.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 
 _BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 _SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224_22k.pth"

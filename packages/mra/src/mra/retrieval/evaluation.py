@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 
 from mra.retrieval.metrics import rank_rows
 from mra.retrieval.rerank import SIMILARITY_WEIGHT, Matcher, Pairs
-from tbps_common.distributed import Ranks, broadcast_object
 from tbps_common.ranking import RetrievalResult, best_of_rows, rerank_rows, score_rows
+from tbps_common.run.distributed import Ranks, broadcast_object
 
 if TYPE_CHECKING:
     from mra.model import Retrieval

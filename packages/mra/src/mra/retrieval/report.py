@@ -30,7 +30,7 @@ def write_reports(
         name: of the data set.
         split: `val` or `test`.
         checkpoint: the evaluated file.
-        fingerprint: of the weights (`tbps_common.checkpoint.fingerprint`).
+        fingerprint: of the weights (`tbps_common.run.checkpoint.fingerprint`).
 
     Returns:
         The files written.

@@ -13,9 +13,9 @@ from mra.model import Retrieval
 from mra.model.official_layout import load_pretrained
 from mra.retrieval import EvaluationStopped, evaluate_split, write_reports
 from mra.text import build_tokenizer
-from tbps_common.distributed import Ranks
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.randomness import seed_everything
+from tbps_common.run.distributed import Ranks
+from tbps_common.run.randomness import seed_everything
+from tbps_common.run.stop import AgreedStop, Interruption
 
 logger = logging.getLogger("mra.training")
 

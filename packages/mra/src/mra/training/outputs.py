@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tbps_common.checkpoint import save_checkpoint
 from tbps_common.files import write_text
+from tbps_common.run.checkpoint import save_checkpoint
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 LOG_NAME = "log.txt"

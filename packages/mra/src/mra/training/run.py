@@ -24,13 +24,13 @@ from mra.training.meters import Meters
 from mra.training.outputs import BEST_NAME, epoch_table, log_line, save_weights, write_log
 from mra.training.state import VERSION, Progress, Resumed, read_state
 from mra.training.step import Schedule, Step
-from tbps_common.checkpoint import load_state_dict_strictly, save_checkpoint
-from tbps_common.distributed import Ranks, barrier, gather_objects
 from tbps_common.errors import CheckpointError
-from tbps_common.interruption import AgreedStop, Interruption
-from tbps_common.loading import replaced_items
-from tbps_common.logs import RunLog
-from tbps_common.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
+from tbps_common.run.batches import replaced_items
+from tbps_common.run.checkpoint import load_state_dict_strictly, save_checkpoint
+from tbps_common.run.distributed import Ranks, barrier, gather_objects
+from tbps_common.run.logs import RunLog
+from tbps_common.run.randomness import all_rng_states, rng_state, seed_everything, set_rng_state
+from tbps_common.run.stop import AgreedStop, Interruption
 
 logger = logging.getLogger("mra.training")
 

@@ -11,11 +11,11 @@ import mra
 from mra.control import Control
 from mra.training.evaluation import evaluate
 from mra.training.run import TrainingRun
-from tbps_common.device import choose_device
-from tbps_common.distributed import Ranks, process_group
 from tbps_common.errors import InputError
-from tbps_common.interruption import Interruption
-from tbps_common.logs import run_log
+from tbps_common.run.device import choose_device
+from tbps_common.run.distributed import Ranks, process_group
+from tbps_common.run.logs import run_log
+from tbps_common.run.stop import Interruption
 
 # How long a process waits for the others; one that dies is noticed by the launcher at once.
 TIMEOUT_MINUTES = 60

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tbps_common.checkpoint import load_checkpoint_file
-from tbps_common.distributed import Ranks
 from tbps_common.errors import CheckpointError
+from tbps_common.run.checkpoint import load_checkpoint_file
+from tbps_common.run.distributed import Ranks
 
 logger = logging.getLogger("mra.training")
 

@@ -10,9 +10,9 @@ import argparse
 import sys
 
 from tbps_common.bench.sizes import COMPARED, PRESETS, REDUCTIONS, chosen_sizes
-from tbps_common.command import command
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
+from tbps_common.run.command import command
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,8 +9,8 @@ import argparse
 import logging
 import os
 
-from tbps_common.command import EXIT_FAILURE
 from tbps_common.errors import DatasetError
+from tbps_common.run.command import EXIT_FAILURE
 
 RAW_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 ALL_NAMES = (*RAW_NAMES, "finetune", "SDA", "SynCPR", "ITCPR", "ChatPedes", "MALS")

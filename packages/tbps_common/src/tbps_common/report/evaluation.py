@@ -66,7 +66,7 @@ def write_evaluation(
         counts: `queries` and `gallery` of the first task; further counts are kept.
         settings: flags that decide the numbers, as JSON can hold them (tuples become lists).
         checkpoint: path of the evaluated file, as the user gave it.
-        fingerprint: `tbps_common.checkpoint.fingerprint` of the model.
+        fingerprint: `tbps_common.run.checkpoint.fingerprint` of the model.
         cmc: task -> R@1, R@2, ... in percent.
         seconds: wall time of the evaluation.
         device: where it ran; by default the GPU's name if CUDA is in use, else `cpu`.

@@ -1,0 +1,59 @@
+"""What the parsers of all commands share: a help formatter, and types that refuse what would fail later.
+
+A type's message comes after argparse's own `argument --flag:`; the exit status is 2.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+
+BAD_IMAGES = ("stop", "skip")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the command's line breaks and shows every default."""
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """argparse type: an integer of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expects a whole number, not {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    return parse
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """argparse type: a finite number in [low, high), or in (low, high) with `above`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expects a number, not {text!r}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if value < low or (above and value == low):
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, not {value:g}")
+        if value >= high:
+            raise argparse.ArgumentTypeError(f"must be below {high:g}, not {value:g}")
+        return value
+
+    return parse
+
+
+def add_bad_images_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--bad_images stop | skip`, for `tbps_common.run.batches.replaced_items`."""
+    parser.add_argument(
+        "--bad_images",
+        "--bad-images",
+        choices=BAD_IMAGES,
+        default="stop",
+        help="a training image that cannot be read ends the run, or the next sample takes its place (they are counted)",
+    )

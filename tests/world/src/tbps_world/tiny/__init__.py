@@ -1,0 +1,1 @@
+"""Writers of tiny models, in the formats that the papers' flags read."""

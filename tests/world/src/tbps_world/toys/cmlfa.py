@@ -1,0 +1,238 @@
+"""`cmlfa-toy`: the paper's own commands on synthetic pedestrians with a tiny CLIP, from nothing to numbers and pictures.
+
+Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from tbps_common.errors import InputError
+from tbps_common.run.arguments import whole_number
+from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+
+DESCRIPTION = """\
+Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own train command, test it with the
+paper's own test command, and show what comes out. Needs no download and no GPU.
+
+The model is trained with --lfa_attention parts: its features depend on nothing but the image or the sentence. With
+`cmlfa-toy --lfa_attention parts batch` a second one is trained the released code's way, whose features and scores
+depend on the test batch, and both stand in the table at the end.
+"""
+
+# The train command of the paper's README, flag by flag, without its data folder.
+README_FLAGS = (
+    *("--name", "cmlfa"),
+    "--img_aug",
+    *("--batch_size", "64"),
+    "--MLM",
+    *("--loss_names", "sdm+mlm+id+itc"),
+    *("--dataset_name", "CUHK-PEDES"),
+)
+README_FLAGS_AFTER_DATA = (
+    *("--num_epoch", "150"),
+    *("--id_loss_weight", "0.5"),
+    *("--mlm_loss_weight", "0.5"),
+)
+
+# What is appended, so that a model of random weights learns on a CPU within minutes. The last value of a flag counts.
+TINY_CLIP_FLAGS = (
+    *("--width", "64"),
+    *("--layers", "2"),
+    *("--embed_dim", "128"),
+    *("--patch", "8"),
+    *("--grid", "16"),
+    *("--context_length", "40"),
+)
+SIZE_FLAGS = (
+    *("--img_size", "128,64"),
+    *("--stride_size", "8"),
+    *("--text_length", "40"),
+    *("--lfa_layers", "2"),
+    *("--num_workers", "0"),
+)
+# The fine-tuning recipe (lr 1e-5, temperature 0.02) does not leave the plateau from random weights. Without the MLM loss
+# an epoch takes half the time: at this size the product with the 49,408 words costs more than all the rest.
+LEARNING_FLAGS = (
+    *("--loss_names", "sdm+id+itc"),
+    *("--batch_size", "32"),
+    *("--num_epoch", "40"),
+    *("--optimizer", "AdamW"),
+    *("--lr", "1e-3"),
+    *("--temperature", "0.07"),
+    *("--warmup_epochs", "1"),
+    *("--lfa_dropout", "0.1"),
+    *("--val_dataset", "val"),
+    *("--eval_period", "5"),
+    *("--log_period", "50"),
+)
+# Test batches of each model: the released default and, where the result depends on it, the training batch.
+TEST_BATCHES = {"parts": (512,), "batch": (512, 64)}
+COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
+
+
+def main(argv: list[str]) -> int:
+    """Run the steps; the exit status of a step that fails is passed on."""
+    flags = _parse(argv)
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        _make_world(out / "world", flags.preset)
+        _make_tiny_clip(out / "tiny_clip.pt")
+        rows = []
+        for attention in flags.lfa_attention:
+            run_directory = _train(out, attention, flags.epochs)
+            for batch in TEST_BATCHES[attention]:
+                rows.append((attention, batch, _test(run_directory, batch)))
+    except StepFailed as failure:
+        return failure.status
+    _conclude(out, rows, time.perf_counter() - started)
+    return 0
+
+
+def _make_world(world: Path, preset: str) -> None:
+    from tbps_world.cli import synth_main
+
+    arguments = ["--out", str(world), "--preset", preset, "--layouts", "cuhk"]
+    call("tbps-synth", synth_main, arguments)
+
+
+def _make_tiny_clip(path: Path) -> None:
+    from tbps_world.cli import cmlfa_tiny_main
+
+    arguments = ["--out", str(path), *TINY_CLIP_FLAGS]
+    call("cmlfa-make-tiny-clip", cmlfa_tiny_main, arguments)
+
+
+def train_arguments(out: Path, attention: str, epochs: int | None = None) -> list[str]:
+    """The README's flags with the toy's data folder, then everything appended to them."""
+    return [
+        *README_FLAGS,
+        *("--root_dir", str(out / "world")),
+        *README_FLAGS_AFTER_DATA,
+        *("--name", f"cmlfa_{attention}", "--output_dir", str(out / "logs")),
+        *("--pretrain_choice", str(out / "tiny_clip.pt")),
+        *SIZE_FLAGS,
+        *LEARNING_FLAGS,
+        *("--lfa_attention", attention),
+        # A short run is evaluated after every epoch, or it might end without a best.pth.
+        *(("--num_epoch", str(epochs), "--eval_period", "1" if epochs < 5 else "5") if epochs else ()),
+    ]
+
+
+def _train(out: Path, attention: str, epochs: int | None) -> Path:
+    """Train, or go on with a run of the same flags; returns the run directory."""
+    arguments = train_arguments(out, attention, epochs)
+    earlier = _newest_run(out, attention)
+    if earlier is not None and (earlier / "last.pth").is_file() and _same_flags(earlier, arguments):
+        arguments += ["--resume", "--resume_ckpt_file", str(earlier / "last.pth")]
+    _run("train", arguments)
+    directory = _newest_run(out, attention)
+    if directory is None:
+        raise InputError(f"the training left no run directory under {out / 'logs'}: look at its messages above")
+    return directory
+
+
+def _newest_run(out: Path, attention: str) -> Path | None:
+    found = sorted((out / "logs" / "CUHK-PEDES").glob(f"*_cmlfa_{attention}/configs.yaml"))
+    return found[-1].parent if found else None
+
+
+def _same_flags(run_directory: Path, arguments: list[str]) -> bool:
+    from cmlfa.config import CONFIG_NAME, changed_flags, load_train_configs
+    from cmlfa.options import get_args
+
+    return not changed_flags(load_train_configs(run_directory / CONFIG_NAME), vars(get_args(arguments)))
+
+
+def _test(run_directory: Path, batch: int) -> dict[str, Any]:
+    from tbps_common.report.evaluation import read_evaluation
+
+    arguments = ["--config_file", str(run_directory / "configs.yaml")]
+    report = run_directory
+    if batch != 512:
+        report = run_directory / f"test_batch_{batch}"
+        arguments += ["--test_batch_size", str(batch), "--report_dir", str(report)]
+    _run("test", arguments)
+    return read_evaluation(report / "evaluation.json")
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    """Run `train.py` or `test.py` as a process of its own; signals are the child's to handle."""
+    script = checkout_of("cmlfa") / f"{name}.py"
+    if script.is_file():
+        command = [sys.executable, str(script)]
+    else:  # installed without the checkout: the console script is the same command
+        command = [str(Path(sysconfig.get_path("scripts")) / f"cmlfa-{name}")]
+    echo([*(("python", script.name) if script.is_file() else (f"cmlfa-{name}",)), *arguments])
+    run_child([*command, *arguments])
+
+
+def _conclude(out: Path, rows: list[tuple[str, int, dict[str, Any]]], seconds: float) -> None:
+    from prettytable import PrettyTable
+
+    from tbps_common.files import write_json
+    from tbps_common.report.pictures import cmc_curve
+
+    table = PrettyTable(["lfa_attention", "test batch", *COLUMNS])
+    curves = {}
+    for attention, batch, evaluation in rows:
+        metrics = evaluation["metrics"]["t2i"]
+        table.add_row([attention, batch, *(f"{metrics[name]:.2f}" for name in COLUMNS)])
+        curves[f"{attention}, test batch {batch}"] = evaluation["cmc"]["t2i"]
+    counts = rows[0][2]["counts"]
+    print(f"\ntext-to-image retrieval, {counts['queries']} captions, {counts['gallery']} images:\n{table}")
+    if any(attention == "batch" for attention, _, _ in rows):
+        print(
+            "With --lfa_attention batch (released code) a feature depends on the other samples of its batch: the same "
+            "weights give another result at another --test_batch_size."
+        )
+    write_json(out / "metrics.json", [evaluation for _, _, evaluation in rows])
+    cmc_curve(out / "cmc.png", curves, title="CMLFA on synthetic pedestrians")
+    first_run = Path(rows[0][2]["checkpoint"]).parent
+    shutil.copyfile(first_run / "ranked_list.png", out / "ranked_list.png")
+    print(f"\n{seconds / 60:.1f} minutes. Results:")
+    for name, what in (
+        ("metrics.json", "all metrics"),
+        ("cmc.png", "CMC curves"),
+        ("ranked_list.png", f"what six captions find ({rows[0][0]})"),
+    ):
+        print(f"  {out / name}: {what}")
+    print("\nSearch the test images for a person of your own:")
+    index = out / "gallery.safetensors"
+    config = first_run / "configs.yaml"
+    images = out / "world" / "CUHK-PEDES" / "imgs"
+    sentence = "A man in a red jacket and blue jeans."
+    for command in (
+        ["cmlfa-index", "--config_file", str(config), "--images", str(images), "--out", str(index)],
+        ["cmlfa-search", "--config_file", str(config), "--index", str(index), "--text", sentence],
+    ):
+        print(f"  {shlex.join(command)}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="cmlfa-toy", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="toy", help="folder of everything that is written (default: %(default)s)")
+    parser.add_argument(
+        "--preset",
+        choices=("tiny", "small", "medium"),
+        default="small",
+        help="size of the world (default: %(default)s)",
+    )
+    parser.add_argument("--epochs", type=whole_number(1), help="epochs of each model instead of the tuned number")
+    parser.add_argument(
+        "--lfa_attention",
+        nargs="+",
+        choices=("parts", "batch"),
+        default=["parts"],
+        help="models to train, one after the other (default: parts)",
+    )
+    return parser.parse_args(argv)

@@ -1,0 +1,295 @@
+"""`dp-toy`: the paper's own commands on synthetic pedestrians with tiny models, from nothing to captions and pictures.
+
+Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dp_gen.constants import BASE_MODEL, IMAGE_ENCODER
+from tbps_common.errors import InputError
+from tbps_common.run.arguments import whole_number
+from tbps_world.tiny.dp_gen_command import VAE_UPDATES
+from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+
+DESCRIPTION = """\
+Draw a world of synthetic pedestrians, train a tiny editor on it with the paper's own train command, edit test images and
+make new ones with it, and annotate the edits with the paper's own annotate command (a practice server on this machine
+answers). Needs no download and no GPU.
+
+The models are tiny and start from random weights, so the pictures are rough: what the toy shows is that every command
+works, that training lowers the denoising loss, and that the attention of each attribute moves onto its region.
+"""
+
+# The train command of the paper's README, flag by flag, without its three folders.
+README_FLAGS = (
+    *("--pretrained_model_hf", BASE_MODEL),
+    *("--max_train_steps", "30000"),
+    *("--num_train_epochs", "30000"),
+    *("--train_batch_size", "32"),
+    *("--lr", "1e-5"),
+    *("--unet_lr_scale", "1.0"),
+    *("--checkpointing_steps", "200"),
+    *("--mixed_precision", "bf16"),
+    "--keep_only_last_checkpoint",
+    *("--keep_interval", "10000"),
+    *("--seed", "42"),
+    *("--image_encoder_hf", IMAGE_ENCODER),
+    *("--img_token_num", "1"),
+    *("--MAX_REFERENCE_ATTRIBUTE_NUM", "3"),
+    *("--resolution", "128"),
+    *("--text_image_linking", "control"),
+    "--disable_flashattention",
+    "--train_image_encoder",
+    *("--image_encoder_trainable_layers", "2"),
+    *("--reference_attribute_types", "hair_uppercloth_bottomcloth"),
+    "--mask_loss",
+    "--attribute_loc",
+    *("--attribute_loc_weight", "1e-3"),
+    *("--attribute_localization_loss", "balanced_l1"),
+    *("--resume_from_checkpoint", "latest"),
+)
+
+# What is appended, so that random weights learn on a CPU within minutes. The last value of a flag counts.
+LEARNING_FLAGS = (
+    *("--lr", "4e-3"),
+    *("--lr_scheduler", "cosine"),
+    *("--lr_warmup_steps", "20"),
+    *("--train_batch_size", "16"),
+    *("--mask_loss_prob", "0.25"),  # weights that begin at random must learn the background too
+    *("--attribute_loc_weight", "0.2"),
+    *("--uncondition_prob", "0.1"),
+    *("--seg_map_interpolation", "nearest"),
+    *("--mixed_precision", "no"),
+    *("--dataloader_num_workers", "0"),
+    *("--checkpointing_steps", "100"),
+)
+UPDATES = 400
+UNET_WIDTH = 32  # the default of dp-make-tiny cannot learn to paint
+POOL_LABELS = ("hair", "uppercloth", "bottomcloth")
+POOL_SIZE = 6  # references of each type
+
+
+def main(argv: list[str]) -> int:
+    """Run the steps; the exit status of a step that fails is passed on."""
+    args = _parse(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        _make_world(out, args.preset)
+        _make_models(out, args)
+        _train(out, args)
+        numbers = _examine(out, args)
+        _generate(out, args)
+        _annotate(out)
+    except StepFailed as failure:
+        return failure.status
+    _conclude(out, numbers, time.perf_counter() - started)
+    return 0
+
+
+def _make_world(out: Path, preset: str) -> None:
+    from tbps_world.cli import synth_main
+
+    arguments = ["--out", str(out / "world"), "--preset", preset, "--layouts", "dp"]
+    call("tbps-synth", synth_main, arguments)
+
+
+def _make_models(out: Path, args: argparse.Namespace) -> None:
+    from tbps_world.cli import dp_tiny_main
+
+    if (out / BASE_MODEL / "model_index.json").is_file() and (out / IMAGE_ENCODER / "config.json").is_file():
+        return
+    arguments = [
+        *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
+        *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),
+        *("--unet_width", str(UNET_WIDTH)),
+    ]
+    call("dp-make-tiny", dp_tiny_main, arguments)
+
+
+def train_arguments(updates: int, resolution: int) -> list[str]:
+    """The README's flags with the toy's folders, then everything appended to them; run in the toy's folder."""
+    return [
+        *README_FLAGS,
+        *("--dataset_name", "world/dp", "--logging_dir", "logs", "--output_dir", "editor"),
+        *LEARNING_FLAGS,
+        *("--max_train_steps", str(updates), "--resolution", str(resolution)),
+    ]
+
+
+def _train(out: Path, args: argparse.Namespace) -> None:
+    """The paper's command through `accelerate launch`; it goes on by itself with `--resume_from_checkpoint latest`."""
+    launcher = ["accelerate.commands.launch", "--mixed_precision=bf16"]
+    shown = ["accelerate", "launch", *launcher[1:], "train.py"]
+    arguments = train_arguments(args.updates, args.resolution)
+    _run(out, [sys.executable, "-m", *launcher, *_script("train")], arguments, shown)
+
+
+def _examine(out: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Losses and attention on test images, of the start and of the trained model."""
+    from dp_gen.data import DiversePersonDataset
+    from dp_gen.model import DiversePersonPipeline
+    from dp_gen.model.parts import load_training_scheduler
+    from dp_gen.options import parse_args
+    from tbps_common.files import write_json
+    from tbps_world.toys.dp_attention import draw_attention, examine, untrained
+
+    flags = parse_args(train_arguments(args.updates, args.resolution))
+    flags.pretrained_model_hf, flags.image_encoder_hf = str(out / BASE_MODEL), str(out / IMAGE_ENCODER)
+    flags.uncondition_prob = 0.0  # every sample is examined with its caption
+    pipeline = DiversePersonPipeline.from_pretrained(out / "editor")
+    dataset = DiversePersonDataset(out / "world" / "dp", pipeline.tokenizer, flags, "test")
+    scheduler = load_training_scheduler(flags)
+    reports = {
+        "before": examine(untrained(flags, flags.seed), dataset, scheduler),
+        "after": examine(pipeline.model, dataset, scheduler),
+    }
+    draw_attention(out / "attention.png", reports["before"], reports["after"])
+    numbers = {when: report.numbers for when, report in reports.items()}
+    write_json(out / "metrics.json", {"updates": args.updates, **numbers})
+    return numbers
+
+
+def _generate(out: Path, args: argparse.Namespace) -> None:
+    """Edits of test images, and new persons, with garments of other test images as references."""
+    _make_pool(out)
+    common = ["--finetuned_model_path", "editor", "--inference_steps", str(args.inference_steps), "--seed", "0"]
+    common += ["--guidance_scale", "2", "--start_merge_step", "-1"]
+    edit = ["--edit_folder", "world/dp", "--edit_split", "test", "--reference_pool", "pool", "--limit", str(args.edits)]
+    edit += ["--edit_caption", "substituted"]
+    command = _command("generate")
+    _run(out, command, [*common, *edit, "--out", "edits"], ["python", "generate.py"])
+    pool = {label: sorted((out / "pool" / label).glob("*.png")) for label in POOL_LABELS[1:]}
+    phrases = {label: files[0].stem.replace("_", " ") for label, files in pool.items() if files}
+    named = (phrase if phrase.endswith("s") else f"a {phrase}" for phrase in phrases.values())
+    description = "A person wearing " + " and ".join(f"{phrase}<|image|>" for phrase in named) + "."
+    folder = out / "references"
+    folder.mkdir(exist_ok=True)
+    for number, label in enumerate(phrases):
+        (folder / f"{number}.png").write_bytes(pool[label][0].read_bytes())
+    new = ["--test_description", description, "--test_reference_attribute_folder", "references"]
+    _run(out, command, [*common, *new, "--num_images_per_description", "2", "--out", "new"], ["python", "generate.py"])
+
+
+def _make_pool(out: Path) -> None:
+    """Cut garments out of test images, on white: a stand-in for product photographs."""
+    import torch
+    from PIL import Image
+
+    from dp_gen.data import TrainingFolder, cut_attribute
+
+    folder = TrainingFolder(out / "world" / "dp", "test")
+    chosen: dict[str, set[Path]] = {label: set() for label in POOL_LABELS}
+    for index in reversed(range(len(folder))):  # from the end, so that edits do not get their own garments back
+        image, info, seg_map, _ = folder.load(index)
+        for segment in info["segments"]:
+            label = segment["label"]
+            words = re.sub(r"^(a pair of|an?|the) ", "", segment["phrase"].lower())
+            path = out / "pool" / label / f"{re.sub(r'[^a-z]+', '_', words).strip('_')}.png"
+            if label not in chosen or path in chosen[label] or len(chosen[label]) == POOL_SIZE:
+                continue
+            chosen[label].add(path)
+            cut = cut_attribute(image, torch.full_like(image, 255), seg_map, segment["id"], segment["bbox"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(cut.permute(1, 2, 0).numpy()).save(path)
+
+
+def _annotate(out: Path) -> None:
+    with _practice_server() as url:
+        environment = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "none-needed"}
+        arguments = [
+            *("--origin_path", "edits/edits.jsonl", "--output_path", "annotations.jsonl", "--model", "gpt-3.5-turbo"),
+            *("--TEXT_START", "0", "--TEXT_END", "-1", "--SLICE_STEP", "500"),
+        ]
+        _run(out, _command("annotate"), arguments, ["python", "annotate.py"], environment)
+
+
+@contextmanager
+def _practice_server() -> Iterator[str]:
+    from tbps_world.practice.captions import answer
+    from tbps_world.practice.server import PracticeServer
+
+    with PracticeServer(answer, port=0) as server:
+        yield server.url
+
+
+def _script(name: str) -> list[str]:
+    script = checkout_of("dp_gen") / f"{name}.py"
+    return [str(script)] if script.is_file() else ["-m", f"dp_gen.{name}"]  # installed without the checkout
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, *_script(name)]
+
+
+def _run(
+    out: Path,
+    command: Sequence[str],
+    arguments: Sequence[str],
+    shown: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run a command in the toy's folder as a process of its own; signals are the child's to handle."""
+    echo([*shown, *arguments])
+    # accelerate's launcher dies of a signal without telling the training it has started.
+    run_child([*command, *arguments], cwd=out, env={**os.environ, **(environment or {})}, group=True)
+
+
+def _conclude(out: Path, numbers: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+    rows = (out / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
+    if not rows:
+        raise InputError(f"{out / 'annotations.jsonl'} is empty: look at the messages of annotate.py above")
+    print(f"\n{'on test images':48}{'before':>10}{'after':>10}")
+    for name, what in (
+        ("denoise_loss", "denoising loss"),
+        ("localization_loss", "localisation loss"),
+        ("attention_inside", "attention inside the attribute's region (share)"),
+    ):
+        print(f"{what:48}{numbers['before'][name]:>10.4f}{numbers['after'][name]:>10.4f}")
+    row = json.loads(rows[0])
+    print(f"\noriginal caption:  {row['base_description']}")
+    print(f"attributes put in: {', '.join(row['reference_attribute_list'])}")
+    print(f"new caption:       {row['output']}")
+    print(f"\n{seconds / 60:.1f} minutes. Results:")
+    for name, what in (
+        ("attention.png", "where each attribute's token looks, before and after the training"),
+        ("metrics.json", "the numbers above"),
+        ("edits/contact_sheet.png", "edited test images"),
+        ("new/contact_sheet.png", "new persons"),
+        ("annotations.jsonl", "rewritten captions of the edits"),
+        ("editor", "the trained model; logs: TensorBoard"),
+    ):
+        print(f"  {out / name}: {what}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dp-toy", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="toy", help="folder of everything that is written (default: %(default)s)")
+    parser.add_argument(
+        "--preset", choices=("tiny", "small", "medium"), default="tiny", help="size of the world (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--updates", type=whole_number(1), default=UPDATES, help="of the training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resolution", type=int, choices=(64, 128), default=128, help="of all images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vae_updates", type=whole_number(1), default=VAE_UPDATES, help="of the VAE's training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--inference_steps", type=whole_number(1), default=20, help="of generation (default: %(default)s)"
+    )
+    parser.add_argument("--edits", type=whole_number(1), default=8, help="test images to edit (default: %(default)s)")
+    return parser.parse_args(argv)

@@ -1,0 +1,130 @@
+"""`mra-toy`: the paper's own commands on synthetic pedestrians with tiny networks, from nothing to numbers and pictures.
+
+Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from mra.config import load_config
+from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, whole_number
+from tbps_world.toys.mra_steps import run_script
+from tbps_world.toys.steps import StepFailed, call
+
+DESCRIPTION = """\
+Draw a world of synthetic pedestrians, make tiny networks, pre-train them on generated pictures with region phrases
+(--task sda), fine-tune them (--task cuhk) and evaluate the result, with the paper's own commands. Needs no download and
+no GPU; about a quarter of an hour on one processor.
+"""
+
+LAYOUTS = "cuhk,finetune,sda"
+# The similarity weighs more than with the 4 of f4: the matching stage of so small a network is the weaker of the two.
+SCORE_WORLD = ("--score_world", "16")
+COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
+
+
+def main(argv: list[str]) -> int:
+    """Run the steps; the exit status of a step that fails is passed on."""
+    flags = _parse(argv)
+    out = Path(flags.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
+    started = time.perf_counter()
+    try:
+        _make_world(out, flags.preset)
+        _make_tiny(out, flags.networks)
+        _train(out, "sda", flags.sda_epochs, [])
+        last = load_config(out / "configs/sda.yaml")["schedular"]["epochs"]
+        pretrained = f"out/pre_sda/checkpoint_{(flags.sda_epochs or last) - 1}.pth"
+        _train(out, "cuhk", flags.cuhk_epochs, ["--checkpoint", pretrained, "--select", "val", *SCORE_WORLD])
+        _evaluate(out)
+    except StepFailed as failure:
+        return failure.status
+    _conclude(out, time.perf_counter() - started)
+    return 0
+
+
+def _make_world(out: Path, preset: str) -> None:
+    from tbps_world.cli import synth_main
+
+    call("tbps-synth", synth_main, ["--out", str(out), "--preset", preset, "--layouts", LAYOUTS])
+
+
+def _make_tiny(out: Path, networks: str) -> None:
+    from tbps_world.cli import mra_tiny_main
+
+    lexicon = str(out / "lexicon.txt")
+    call("mra-make-tiny", mra_tiny_main, ["--out", str(out), "--lexicon", lexicon, "--preset", networks])
+
+
+def _train(out: Path, task: str, epochs: int | None, more: list[str]) -> None:
+    """Train, or go on with what an earlier call has begun."""
+    folder = f"out/{'pre' if task == 'sda' else 'ft'}_{task}"
+    arguments = ["--task", task, "--dist", "f4", "--output_dir", folder, *more, "--num_workers", "1"]
+    if epochs:
+        arguments += ["--epo", str(epochs)]
+    if (out / folder / "last.pth").is_file():
+        arguments.append("--resume")
+    run_script(out, arguments)
+
+
+def _evaluate(out: Path) -> None:
+    best = "out/ft_cuhk/checkpoint_best.pth"
+    if not (out / best).is_file():
+        raise InputError(f"the training left no {out / best}, as no epoch found a single person: train for more epochs")
+    arguments = ["--task", "cuhk", "--dist", "f4", "--output_dir", "out/eval_cuhk", "--checkpoint", best]
+    run_script(out, [*arguments, "--evaluate", "--report", *SCORE_WORLD, "--num_workers", "1"])
+
+
+def _conclude(out: Path, seconds: float) -> None:
+    from prettytable import PrettyTable
+
+    from tbps_common.datasets import load_processed_eval
+    from tbps_common.files import write_json
+    from tbps_common.report.evaluation import read_evaluation
+
+    evaluation = read_evaluation(out / "out/eval_cuhk/evaluation_test.json")
+    stages = {
+        "similarity alone (ITC)": evaluation["metrics"]["t2i_similarity_only"],
+        "re-ranked (ITM)": evaluation["metrics"]["t2i"],
+    }
+    chance = chance_of_first_rank(load_processed_eval(out / "data/finetune/cuhk_test.json", "images"))
+    table = PrettyTable(["stage", *COLUMNS])
+    for stage, metrics in stages.items():
+        table.add_row([stage, *(f"{metrics[name]:.2f}" for name in COLUMNS)])
+    table.add_row(["chance", f"{chance:.2f}", *[""] * (len(COLUMNS) - 1)])
+    counts = evaluation["counts"]
+    print(f"\ntext-to-image retrieval, {counts['queries']} captions, {counts['gallery']} images:\n{table}")
+    first = [metrics["R1"] for metrics in stages.values()]
+    print(f"R@1: ITC stage {first[0]:.2f} %, after re-ranking {first[1]:.2f} %, chance {chance:.2f} %")
+    write_json(out / "metrics.json", {"stages": stages, "chance_R1": chance, "seconds": seconds})
+    print(f"\n{seconds / 60:.1f} minutes. Results:")
+    print(f"  {out / 'metrics.json'}: all metrics")
+    print(f"  {out / 'out/eval_cuhk'}: evaluation, CMC curves and what six captions find")
+
+
+def chance_of_first_rank(data: Any) -> float:
+    """R@1, in percent, of a random order: the mean share of the gallery that shows the caption's person."""
+    images: dict[int, int] = {}
+    for person in data.g_pids:
+        images[person] = images.get(person, 0) + 1
+    shares = [images.get(person, 0) / len(data.g_pids) for person in data.q_pids]
+    return 100 * sum(shares) / len(shares)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mra-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
+    parser.add_argument("--out", default="toy", help="folder of everything that is written")
+    parser.add_argument("--preset", choices=("tiny", "small", "medium"), default="small", help="size of the world")
+    parser.add_argument(
+        "--networks",
+        choices=("tiny", "toy"),
+        default="toy",
+        help="sizes that mra-make-tiny writes; tiny learns nothing",
+    )
+    parser.add_argument("--sda_epochs", type=whole_number(1), metavar="N", help="epochs of the pre-training")
+    parser.add_argument("--cuhk_epochs", type=whole_number(1), metavar="N", help="epochs of the fine-tuning")
+    return parser.parse_args(argv)
