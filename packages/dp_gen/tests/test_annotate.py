@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from dp_gen.annotate import build_prompt, main, reject_response, select_rows
-from dp_gen.annotation.prompts import sentence_of
+from dp_gen.annotate import accept, build_prompt, main, reject_response, select_rows
 from tbps_world.practice.faults import FaultyServer
 from tbps_world.practice.server import PracticeServer
 
@@ -121,11 +120,10 @@ def test_rejection_looks_at_the_reply(reply: str, rejected: bool) -> None:
     assert reject_response(reply) is rejected
 
 
-@pytest.mark.parametrize(
-    "reply", ["A lady in white.", ' "A lady in white."\n', "Rewritten sentence: A lady in white.", "“A lady in white.”"]
-)
+@pytest.mark.parametrize("reply", ["{}", ' "{}"\n', "Rewritten sentence: {}", "“{}”"])
 def test_only_the_caption_of_a_reply_is_kept(reply: str) -> None:
-    assert sentence_of(reply) == "A lady in white."
+    caption = "A lady with gold hair wears a white skirt."
+    assert accept(reply.format(caption)) == caption
 
 
 def test_the_prompt_is_plain_text_and_braces_are_characters() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from dp_gen.contact_sheet import SheetLine, Words, write_contact_sheet
 from dp_gen.segmentation.samples import Sample, read_sample
 from tbps_common.images import read_image
-from tbps_common.report.pictures import spread
+from tbps_common.report import Picture, PictureRow, picture_grid, spread
+from tbps_common.report.pictures import Words
 
 _LINES = 12
 _COLOURS = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "teal", "saddlebrown", "deeppink", "olive")
@@ -30,18 +30,18 @@ def write_overview(path: Path, samples: Sequence[Sample], root: Path, types: Seq
         OSError: the file cannot be written.
     """
     colours = {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(types)}
-    lines = []
+    rows = []
     for place in spread(range(len(samples)), _LINES):
         sample = samples[place]
         info, mask = read_sample(sample, root)
         image = read_image(sample.path)
         segments = sorted(info["segments"], key=lambda segment: segment["end"])
-        pictures = [(sample.id, image), ("regions", _overlay(image, mask, types, colours))]
+        pictures = [Picture(image, sample.id), Picture(_overlay(image, mask, types, colours), "regions")]
         for segment in segments:
             left, top, right, bottom = segment["bbox"]
-            pictures.append((segment["label"], image.crop((left, top, right, bottom))))
-        lines.append(SheetLine(pictures, list(_coloured(info["description"], segments, colours))))
-    write_contact_sheet(path, lines)
+            pictures.append(Picture(image.crop((left, top, right, bottom)), segment["label"]))
+        rows.append(PictureRow(pictures, list(_coloured(info["description"], segments, colours))))
+    picture_grid(path, rows)
 
 
 def _overlay(image: Image.Image, mask: np.ndarray, types: Sequence[str], colours: Mapping[str, str]) -> Image.Image:
