@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tbps_common.datasets import Folder
+from tbps_common.datasets import CUHKPEDES, Folder
+from tbps_common.datasets.finetune import one_record_per_line
 from tbps_common.errors import DatasetError, InputError
+from tbps_common.files import write_text
+from tbps_common.pipeline.journal import read_json_lines
 from tbps_common.run.arguments import HelpFormatter
 from tbps_common.run.command import command
 
@@ -58,8 +61,6 @@ def _manifest(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DatasetError: it is missing, or a row or image cannot be used.
     """
-    from tbps_common.pipeline.journal import read_json_lines
-
     path = folder / "edits.jsonl"
     inside = Folder(folder)
     rows = []
@@ -94,8 +95,6 @@ def _captions(rows: list[dict[str, Any]], annotations: str | None, source: str) 
 
 def _annotated(rows: list[dict[str, Any]], annotations: str) -> dict[str, str]:
     """Annotations carry the manifest's own fields, so that their file names find them."""
-    from tbps_common.pipeline.journal import read_json_lines
-
     known = {row["file"]: row for row in rows}
     captions = {}
     for number, row in read_json_lines(annotations):
@@ -120,8 +119,6 @@ def _base_records(root: str) -> list[dict[str, Any]]:
     Raises:
         DatasetError: it cannot be used.
     """
-    from tbps_common.datasets import CUHKPEDES
-
     data = CUHKPEDES(root, verbose=False)
     return [*data.train_annos, *data.val_annos, *data.test_annos]
 
@@ -168,9 +165,6 @@ def _write(
     out: Path, base: list[dict[str, Any]], records: list[tuple[dict[str, Any], str]], args: argparse.Namespace
 ) -> None:
     """Everything under another name first, so that a part is never taken for the whole."""
-    from tbps_common.datasets.finetune import one_record_per_line
-    from tbps_common.files import write_text
-
     part = out / f".{NAME}.tmp{os.getpid()}"
     for left in out.glob(f".{NAME}.tmp*"):  # by a killed run
         shutil.rmtree(left, ignore_errors=True)

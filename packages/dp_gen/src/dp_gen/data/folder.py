@@ -45,7 +45,7 @@ class TrainingFolder(FolderLayout):
         """The mask of a sample, uint8 [h, w].
 
         Raises:
-            DatasetError: the file is damaged, or is no 2-D array of integers from 0 to 255.
+            DatasetError: the file is damaged, or is not a 2-D array of integers from 0 to 255.
         """
         path = self.stem(img_id).parent / f"{img_id}.npy"
         try:

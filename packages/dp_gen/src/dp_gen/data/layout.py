@@ -140,7 +140,7 @@ def _checked(info: Any, path: Path) -> dict[str, Any]:
 
 def _checked_segment(segment: Any, where: str) -> dict[str, Any]:
     if not isinstance(segment, Mapping):
-        raise DatasetError(f"{where} is no object with id, bbox and end")
+        raise DatasetError(f"{where} is not an object with id, bbox and end")
     for key in ("id", "end"):
         if type(segment.get(key)) is not int:
             raise DatasetError(f"{where}: {key!r} must be a whole number, not {segment.get(key)!r}")

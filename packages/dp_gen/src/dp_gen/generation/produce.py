@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dp_gen import IMAGE_TOKEN
 from dp_gen.data.dataset import require_inside
 from dp_gen.data.folder import TrainingFolder
 from dp_gen.data.transforms import attribute_transforms, cut_attribute
@@ -234,8 +235,6 @@ def _to_picture(image: Tensor) -> Image.Image:
 
 def new_row(task: NewTask) -> dict[str, Any]:
     """The manifest's line of a new person."""
-    from dp_gen import IMAGE_TOKEN
-
     parts = task.description.split(IMAGE_TOKEN)
     return {
         "file": task.name,

@@ -110,7 +110,7 @@ def _sharded(index: Path) -> dict[str, Tensor]:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({str(file) for file in places.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weights ({error}): copy it again") from error
+        raise CheckpointError(f"{index} is not an index of weights ({error}): copy it again") from error
     state: dict[str, Tensor] = {}
     for file in files:
         if Path(file).name != file:

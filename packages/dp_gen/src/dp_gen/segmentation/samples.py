@@ -152,7 +152,7 @@ def _read_info(sample: Sample, root: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(info["segments"], list):
-            raise TypeError("'segments' is no list")
+            raise TypeError("'segments' is not a list")
         return info
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it and run again") from error
