@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from diana.chat.gallery import Gallery, read_gallery, read_header, require_checkpoint
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, Questioner, Round, make_round
 from tbps_common.errors import InputError
+from tbps_common.pipeline import request_fields
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def _client(flags: argparse.Namespace) -> "ChatClient | None":
         timeout=flags.timeout,
         deadline=flags.timeout,
         sampling={"temperature": 0.0, "seed": 0, **SAMPLING},
+        fields=flags.request_fields,
         key_optional=True,
     )
 
@@ -249,4 +251,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--model", "--llm_model", metavar="NAME", help="name that the server knows")
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds to wait for a question")
+    add(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+    )
     return parser.parse_args(argv)
