@@ -1,5 +1,7 @@
 """Console commands of fafa. Heavy libraries are imported when a command starts to work, not to print its help."""
 
+from importlib import import_module
+
 from tbps_common.run.command import command
 
 
@@ -56,7 +58,8 @@ def itcpr_main(argv: list[str]) -> int:
 
 @command
 def syncpr_main(argv: list[str]) -> int:
-    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | tiny | toy`: make training data of one's own."""
-    from fafa.syncpr.command import main
+    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | cost`: make training data of one's own."""
+    from fafa.syncpr.options import build_parser
 
-    return main(argv)
+    flags = build_parser().parse_args(argv)
+    return import_module(f"fafa.syncpr.{flags.stage}").main(flags)

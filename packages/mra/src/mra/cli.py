@@ -1,5 +1,7 @@
 """Console commands of mra. Heavy libraries are imported when a command starts to work, not to print its help."""
 
+from importlib import import_module
+
 from tbps_common.run.command import command
 
 
@@ -51,6 +53,7 @@ def search_main(argv: list[str]) -> int:
 @command
 def dad_main(argv: list[str]) -> int:
     """`mra-dad`: make a synthetic pre-training set in the style of a target data set."""
-    from mra.dad.commands import main
+    from mra.dad.options import build_parser
 
-    return main(argv)
+    args = build_parser().parse_args(argv)
+    return import_module(f"mra.dad.{args.command}").main(args)
