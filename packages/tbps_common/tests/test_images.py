@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 
 from tbps_common import images
 from tbps_common.datasets import DatasetError, read_image
+from tbps_common.errors import ImageError
 from tbps_common.images import find_damage
 
 HEIGHT, WIDTH = 40, 24

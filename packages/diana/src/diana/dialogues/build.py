@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
-from tbps_common.datasets.records import iter_records
+from tbps_common.datasets import iter_records
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.pipeline.chat import Conversation, in_conversations

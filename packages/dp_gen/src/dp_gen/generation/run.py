@@ -25,7 +25,7 @@ from dp_gen.generation.tasks import (
 )
 from dp_gen.model import DiversePersonPipeline
 from dp_gen.run_settings import require_same_settings, store_settings
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path, write_text
 from tbps_common.images import read_image

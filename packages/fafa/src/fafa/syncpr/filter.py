@@ -28,7 +28,7 @@ from fafa.syncpr.records import (
     write_records,
 )
 from fafa.syncpr.scoring import PairScorer
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json
 from tbps_common.images import read_image

@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from mra.dad.denoiser import Networks, build_networks, save_weights
 from mra.dad.options import LEARNING_RATES
 from mra.dad.records import EXTRA, MODEL_FILES, digest, versions
-from tbps_common.datasets import load_processed_train
-from tbps_common.datasets.processed import ProcessedTrain
+from tbps_common.datasets import ProcessedTrain, load_processed_train
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.images import check_images_exist, read_image

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mra.dad.finetune import Pairs
 from mra.dad.options import CAPTION_PROMPT
-from tbps_common.datasets.processed import ProcessedTrain
+from tbps_common.datasets import ProcessedTrain
 from tbps_common.images import read_image
 from tbps_common.pipeline.models import quiet_libraries
 from tbps_common.run.batches import EpochBatches, SeededItems
