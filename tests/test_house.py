@@ -14,8 +14,8 @@ NOT_YET = {
     "cmlfa": {"one training loop"},
     "diana": {"no circles", "one training loop"},
     "dp_gen": {"no circles", "one training loop"},
-    "fafa": {"no circles", "one training loop"},
-    "mra": {"no circles", "one training loop"},
+    "fafa": {"one training loop"},
+    "mra": {"one training loop"},
 }
 
 ROOT = Path(__file__).resolve().parents[1]
