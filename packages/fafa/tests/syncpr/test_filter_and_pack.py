@@ -335,7 +335,7 @@ def test_pack_refuses_missing_pictures_and_foreign_paths(
     assert record["left"] in capsys.readouterr().err and not (out / "SynCPR.json").exists()
     (out / "kept.jsonl").write_text(json.dumps({**record, "left": "../../etc/passwd"}) + "\n", encoding="utf-8")
     assert syncpr_main(["pack", "--out", str(out)]) == 2
-    assert "no path inside the folder" in capsys.readouterr().err
+    assert "not a path inside the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_bad_data_is_named(tmp_path: Path, pairs: Path) -> None:
         ("", "holds no pictures"),
         ("{\n", "line 1"),
         ('{"image": 3, "caption": "a"}\n', "line 1"),
-        ('{"image": "../x.png", "caption": "a"}\n', "no path inside"),
+        ('{"image": "../x.png", "caption": "a"}\n', "not a path inside"),
         ('{"image": "x.png", "caption": "a"}\n', "x.png"),
     ):
         path.write_text(content, encoding="utf-8")

@@ -61,7 +61,7 @@ def test_draws_depend_on_seed_and_number_alone() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ('{"person": {"age": ["old"]}}', "'picture' is missing"),
         ('{"person": {"age": []}, "picture": {"upper": ["a", "b"]}, "changes": ["upper"]}', "person.age"),
         ('{"person": {"age": ["a"]}, "picture": {"upper": ["a", "a"]}, "changes": ["upper"]}', "two different values"),

@@ -255,7 +255,7 @@ def read_captions(folder: str | Path) -> list[tuple[str, str]]:
         if not isinstance(image, str) or not isinstance(caption, str) or not image:
             raise DatasetError(f'{path}, line {line + 1}, is not of the form {{"image": "...", "caption": "..."}}')
         if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
-            raise DatasetError(f"{path}, line {line + 1}: the picture {image!r} is no path inside {folder}")
+            raise DatasetError(f"{path}, line {line + 1}: the picture {image!r} is not a path inside {folder}")
         items.append((str(Path(folder) / image), caption))
     if not items:
         raise DatasetError(f"{path} holds no pictures")

@@ -48,7 +48,7 @@ def key_in(path: str | Path) -> Callable[[Record], Hashable]:
     """`pair_key` for the lines of a file that people may have edited.
 
     The function raises:
-        DatasetError: a line is no record of a picture.
+        DatasetError: a line is not a record of a picture.
     """
 
     def key(record: Record) -> Hashable:
@@ -139,4 +139,4 @@ def _is_picture(record: Record) -> bool:
 def _inside(path: Any, folder: str | Path, stage: str) -> None:
     place = Path(path) if isinstance(path, str) else None
     if place is None or not path or place.is_absolute() or ".." in place.parts or "\0" in path:
-        raise DatasetError(f"{folder}: {stage}.jsonl names the picture {path!r}, which is no path inside the folder")
+        raise DatasetError(f"{folder}: {stage}.jsonl names the picture {path!r}, which is not a path inside the folder")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tbps_common.errors import InputError
-from tbps_common.pipeline.models import first_line, load_model, quiet_libraries
+from tbps_common.pipeline.models import first_line, load_model, quiet_libraries, require_effective_lora
 
 _LONGEST_TEXT = 1_000_000  # tokenizers without a limit name a huge number
 _ADAPTER = "syncpr"
@@ -156,19 +156,13 @@ def load_lora(pipeline: Any, name: str, scale: float) -> None:
         scale: 1 is as trained.
 
     Raises:
-        InputError: it cannot be read, or belongs to another model.
+        InputError: it cannot be read, belongs to another model, or changes nothing.
     """
     path = Path(name)
     where: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}
     folder = str(path.parent) if path.is_file() else name
-    try:
-        with quiet_libraries():
-            pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, **where)
-    except Exception as error:  # what is not a LoRA of this model makes the libraries fail with nearly any exception
-        raise InputError(f"--lora {name} cannot be put into the model: {first_line(error)}") from error
-    adapters = {adapter for names in pipeline.get_list_adapters().values() for adapter in names}
-    if _ADAPTER not in adapters:
-        raise InputError(f"--lora {name} holds no LoRA weights for {type(pipeline).__name__}: check the file")
+    load_model("--lora", name, lambda: pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, **where))
+    require_effective_lora("--lora", name, pipeline)
     # Into the weights, so that a picture costs no more than without it.
     pipeline.set_adapters([_ADAPTER], adapter_weights=[scale])
     pipeline.fuse_lora(adapter_names=[_ADAPTER])

@@ -18,7 +18,13 @@ from tbps_common.datasets import load_processed_train
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path
 from tbps_common.pipeline import Dropped, Record
-from tbps_common.pipeline.models import choose_dtype, load_model, require_libraries, require_model
+from tbps_common.pipeline.models import (
+    choose_dtype,
+    load_model,
+    require_effective_lora,
+    require_libraries,
+    require_model,
+)
 from tbps_common.run.device import choose_device
 
 EMPTY, NOT_FINITE = "empty caption", "not a finite picture"
@@ -45,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         {"image": image_name(index, variant), "index": index, "variant": variant}
         for index, variant in args.shard.of(pictures)
     ]
-    _refuse_strange_pictures(args)
+    _refuse_foreign_pictures(args)
 
     @lru_cache(maxsize=2)
     def prompts(index: int) -> list[str]:
@@ -75,12 +81,12 @@ def check_flags(args: argparse.Namespace) -> None:
             require_model(flag, name, *MODEL_FILES)
 
 
-def _refuse_strange_pictures(args: argparse.Namespace) -> None:
+def _refuse_foreign_pictures(args: argparse.Namespace) -> None:
     """Never draw over the pictures of the release, or of another --work."""
     if not any(Path(args.work).glob(f"{GENERATED}*.jsonl")):
-        strange = next(Path(args.images).glob("c_*_*"), None)
-        if strange is not None:
-            raise InputError(f"{strange} was not made from {args.work} and would be drawn over: give another --images")
+        foreign = next(Path(args.images).glob("c_*_*"), None)
+        if foreign is not None:
+            raise InputError(f"{foreign} was not made from {args.work} and would be drawn over: give another --images")
 
 
 def settings_of(args: argparse.Namespace, captions: list[str]) -> Record:
@@ -181,6 +187,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> Any:
     )
     if args.lora:
         load_model("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora, use_safetensors=True))
+        require_effective_lora("--lora", args.lora, pipeline)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would put black pictures in the place of some; the next stage filters
     if args.controlnet:

@@ -233,10 +233,10 @@ def _refuse_other_sharding(args: argparse.Namespace, stem: str) -> None:
         path.name for path in Path(args.work).glob(f"{stem}*.jsonl") if not re.search(r"jsonl\.\w+\.jsonl$", path.name)
     ]
     total = f"-of-{args.shard.count}.jsonl" if args.shard.count > 1 else own
-    strange = sorted(name for name in others if name != own and not name.endswith(total))
-    if strange:
+    foreign = sorted(name for name in others if name != own and not name.endswith(total))
+    if foreign:
         raise InputError(
-            f"{args.work} holds {strange[0]}, which --shard {args.shard} does not go with: use the same number of shards"
+            f"{args.work} holds {foreign[0]}, which is of another number of shards than --shard {args.shard}: use the same number of shards"
         )
 
 
