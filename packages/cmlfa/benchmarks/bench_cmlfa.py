@@ -167,7 +167,7 @@ def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
 def host_side(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Masking of one caption."""
     from cmlfa.datasets import mask_tokens, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
+    from cmlfa.datasets.tokenizer import shared_tokenizer
 
     ids = tokenize(random_caption(random.Random(args.seed)), shared_tokenizer())
     count = 20
@@ -184,7 +184,7 @@ def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from cmlfa.datasets import TextDataset, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
+    from cmlfa.datasets.tokenizer import shared_tokenizer
     from tbps_common.ranking import retrieve
 
     size = SIZES[args.size]
@@ -247,8 +247,7 @@ def direct_optimizer(args: Any, model: "CMLFA") -> "torch.optim.Optimizer":
     """Adam with one group per parameter."""
     import torch
 
-    from cmlfa.solver import parameter_rule
-    from cmlfa.solver.optimizer import ADAM_EPSILON
+    from cmlfa.solver import ADAM_EPSILON, parameter_rule
 
     groups = []
     for name, parameter in model.named_parameters():
@@ -299,7 +298,7 @@ def random_batch(args: argparse.Namespace) -> dict[str, "Tensor"]:
     import torch
 
     from cmlfa.datasets import mask_tokens, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
+    from cmlfa.datasets.tokenizer import shared_tokenizer
 
     size = SIZES[args.size]
     rng = random.Random(args.seed)

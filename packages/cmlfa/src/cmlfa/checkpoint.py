@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cmlfa.model.weights import load_checkpoint
+from cmlfa.model import load_checkpoint
 from cmlfa.solver import (
     load_official_optimizer_state,
     load_official_scheduler_state,

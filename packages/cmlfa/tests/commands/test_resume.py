@@ -156,7 +156,7 @@ def test_killed_run_goes_on_exactly(
     """SIGKILL at random moments and while a checkpoint is being written, until a run gets through."""
     flags = train_flags(tmp_path, *EPOCHS)
     context = multiprocessing.get_context("forkserver")  # a child starts at once: the server has imported everything
-    context.set_forkserver_preload(["cmlfa.training.start", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["cmlfa.train"])
     moments = random.Random(0)
     parent = tmp_path / "CUHK-PEDES"
     kills = {"at a random moment": 0, "inside a save": 0}

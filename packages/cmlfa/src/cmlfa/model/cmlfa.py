@@ -14,11 +14,11 @@ from cmlfa.model.clip import (
     clip_geometry,
     image_tokens,
     load_start_weights,
-    read_start_weights,
     text_tokens,
 )
 from cmlfa.model.safl import SAFL
 from cmlfa.model.settings import ModelSettings
+from cmlfa.model.start_weights import read_start_weights
 from cmlfa.objectives import compute_cmpm, compute_id, compute_itc, compute_mlm, compute_sdm
 from tbps_common.errors import InputError
 
@@ -223,7 +223,7 @@ def build_model(args: Any, num_classes: int = 11003, *, geometry: ClipGeometry |
         InputError: flags that contradict each other or the CLIP model.
         CheckpointError: the start weights cannot be found, read or fitted.
     """
-    settings = ModelSettings.from_args(args)
+    settings = ModelSettings.of(args)
     start = None
     if geometry is None:
         start = read_start_weights(settings.pretrain_choice)

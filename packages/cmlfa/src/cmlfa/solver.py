@@ -1,26 +1,151 @@
-"""Optimizer and scheduler state in the layout of the released checkpoints: one group per parameter.
+"""The optimizer, the learning-rate schedule, and their states in the layout of the released checkpoints.
 
+The released code makes one parameter group per parameter, 447 at full size. Its rule has at most four different results,
+so here four groups and a fused kernel do the same update, and states are permuted when a checkpoint is written or read.
 There, the parameter with index i is the i-th of `official_param_order`, and group i holds it alone; the scheduler's
-`base_lrs` and `_last_lr` have one entry per parameter. Here there are at most four groups, so both need a permutation
-when a checkpoint is written or read. The hyperparameters of a group are those of its parameters.
+`base_lrs` and `_last_lr` have one entry per parameter.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cmlfa.model.weights import official_param_order
-from tbps_common.errors import CheckpointError
+from cmlfa.model import official_param_order
+from cmlfa.options import Options
+from tbps_common.errors import CheckpointError, InputError
+
+# The released recipe damps Adam's steps for its float16 parameters with this epsilon.
+ADAM_EPSILON = 1e-3
+ADAMW_EPSILON = 1e-8
 
 # How a step is computed is this process's choice, whatever the process that wrote the file chose.
 _KERNEL_CHOICES = ("foreach", "fused", "capturable", "differentiable")
 # State of the schedule itself; other attributes differ between versions of torch.
 _SCHEDULE_NUMBERS = ("last_epoch", "_step_count")
 _PER_GROUP = ("base_lrs", "_last_lr")
+
+
+def parameter_rule(name: str, args: Any) -> tuple[float, float]:
+    """Learning rate and weight decay of the parameter `name`; later rules win.
+
+    Names with "cross": `lr_factor`. Names with "bias": `bias_lr_factor` instead, and `weight_decay_bias`. Names with
+    "classifier" or "mlm_head": `lr_factor` instead. The shared transformer and the prototypes, although randomly
+    initialised, get the base rate: that is the recipe.
+    """
+    lr, weight_decay = args.lr, args.weight_decay
+    if "cross" in name:
+        lr = args.lr * args.lr_factor
+    if "bias" in name:
+        lr, weight_decay = args.lr * args.bias_lr_factor, args.weight_decay_bias
+    if "classifier" in name or "mlm_head" in name:
+        lr = args.lr * args.lr_factor
+    return lr, weight_decay
+
+
+def build_optimizer(args: Any, model: nn.Module) -> Optimizer:
+    """The optimizer named by `args.optimizer` over all trainable parameters of `model`.
+
+    Move the model to its device first. Groups are ordered by their first parameter in the order of the released code,
+    so the first group has the base learning rate.
+
+    Raises:
+        InputError: a flag that is not allowed, such as another optimizer than SGD, Adam or AdamW.
+    """
+    options = Options.of(args)
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name in official_param_order(model):
+        if not parameters[name].requires_grad:
+            continue
+        lr, weight_decay = parameter_rule(name, options)
+        group = groups.setdefault((lr, weight_decay), {"params": [], "lr": lr, "weight_decay": weight_decay})
+        group["params"].append(parameters[name])
+    fused = _can_fuse(list(parameters.values()))
+    betas = (options.alpha, options.beta)
+    match options.optimizer.lower():
+        case "sgd":
+            return SGD(groups.values(), lr=options.lr, momentum=options.momentum, fused=fused)
+        case "adamw":
+            return AdamW(groups.values(), lr=options.lr, betas=betas, eps=ADAMW_EPSILON, fused=fused)
+        case _:
+            return Adam(groups.values(), lr=options.lr, betas=betas, eps=ADAM_EPSILON, fused=fused)
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool | None:
+    """Whether the fused kernels serve these parameters; None leaves the choice to torch."""
+    on_cuda = all(parameter.device.type == "cuda" for parameter in parameters)
+    plain_cpu = all(parameter.device.type == "cpu" and parameter.dtype == torch.float32 for parameter in parameters)
+    return True if on_cuda or plain_cpu else None
+
+
+class EpochSchedule(LRScheduler):
+    """Learning rate of each group as a function of the number e of completed epochs and its base rate b.
+
+    Warm-up (e < `warmup_epochs`): `b * warmup_factor`, or linear from there to b. Afterwards, with
+    `r = (e - warmup_epochs) / (total_epochs - warmup_epochs)`:
+
+    * step: `b * gamma ** (number of milestones <= e)`
+    * cosine: `target + (b - target) * (1 + cos(pi r)) / 2`
+    * linear: `b (1 - r)`
+    * exp: `b * power ** r`
+    * poly: `target + (b - target) * power ** (1 - r)`, which is what the released code computes
+
+    All attributes are plain numbers, strings and lists, because the released checkpoints store them as they are.
+
+    Raises:
+        InputError: milestones that are not increasing.
+    """
+
+    def __init__(self, optimizer: Optimizer, options: Options):
+        if list(options.milestones) != sorted(options.milestones):
+            raise InputError(f"--milestones must be increasing epochs, but they are {list(options.milestones)}.")
+        self.milestones = list(options.milestones)
+        self.gamma = options.gamma
+        self.mode = options.lrscheduler
+        self.warmup_factor = options.warmup_factor
+        self.warmup_epochs = options.warmup_epochs
+        self.warmup_method = options.warmup_method
+        self.total_epochs = options.num_epoch
+        self.target_lr = options.target_lr
+        self.power = options.power
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Any]:
+        """Learning rate of each group in the coming epoch."""
+        return [self._rate(float(base), self.last_epoch) for base in self.base_lrs]
+
+    def _rate(self, base: float, epoch: int) -> float:
+        if epoch < self.warmup_epochs:
+            if self.warmup_method == "constant":
+                return base * self.warmup_factor
+            share = epoch / self.warmup_epochs
+            return base * (self.warmup_factor * (1 - share) + share)
+        if self.mode == "step":
+            return base * self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
+        length = self.total_epochs - self.warmup_epochs
+        # A run that ends with its warm-up is stepped once more after its last epoch.
+        r = (epoch - self.warmup_epochs) / length if length > 0 else 1.0
+        if self.mode == "cosine":
+            return self.target_lr + (base - self.target_lr) * 0.5 * (1 + math.cos(math.pi * r))
+        if self.mode == "linear":
+            return base * (1 - r)
+        if self.mode == "exp":
+            return base * self.power**r
+        return self.target_lr + (base - self.target_lr) * self.power ** (1 - r)
+
+
+def build_lr_scheduler(args: Any, optimizer: Optimizer) -> EpochSchedule:
+    """The schedule the flags ask for; call `step()` once after each epoch.
+
+    Raises:
+        InputError: a flag that is not allowed, such as an unknown schedule or warm-up method.
+    """
+    return EpochSchedule(optimizer, Options.of(args))
 
 
 def official_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
