@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cmlfa.config import load_train_configs
 from cmlfa.datasets import build_dataloader
 from cmlfa.metrics import Evaluator, metrics_table
 from cmlfa.model.cmlfa import resolve_precision
@@ -34,7 +35,10 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> None:
         options: of the run, from `read_run`.
         data: the annotations of its data set.
     """
-    report = Path(flags.report_dir) if flags.report_dir else find_directory(options, flags)
+    directory = find_directory(options, flags)
+    if options.dataset_name != load_train_configs(flags.config_file)["dataset_name"]:
+        directory /= options.dataset_name  # never over the results on the data set of the training
+    report = Path(flags.report_dir or directory)
     with run_log("IRRA", "cmlfa") as log:
         trained = open_trained(flags, options)
         report.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ Evaluate a trained model on the test split of its data set.
   python test.py --config_file 'path/to/model_dir/configs.yaml'
 
 Prints the table of text-to-image retrieval and writes evaluation.json, cmc.png, ranked_list.png and test_log.txt into
-the run directory. With --lfa_attention batch (the released code) the features depend on the batch they are computed in,
+the run directory. On another data set than that of the training (zero-shot): --dataset_name ICFG-PEDES --root_dir ... With --lfa_attention batch (the released code) the features depend on the batch they are computed in,
 so the result depends on --test_batch_size.
 """
 VISUALIZE_DESCRIPTION = """\
@@ -255,20 +255,24 @@ def check_training_flags(options: Options) -> None:
 
 
 # The commands that start from a trained model. Their flags that override what the model was trained with have no default.
-OVERRIDES = ("device", "precision", "root_dir", "test_batch_size", "num_workers")
+OVERRIDES = ("device", "precision", "dataset_name", "root_dir", "test_batch_size", "num_workers")
 
 
 def test_parser() -> argparse.ArgumentParser:
     """The parser of `test.py`."""
-    parser = _parser_of_a_run(None, TEST_DESCRIPTION, "root_dir", "test_batch_size", "num_workers")
+    parser = _parser_of_a_run(None, TEST_DESCRIPTION, "dataset_name", "root_dir", "test_batch_size", "num_workers")
     parser.add_argument("--i2t", action="store_true", help="evaluate image-to-text retrieval too")
-    parser.add_argument("--report_dir", help="where to write the results (default: the run directory)")
+    parser.add_argument(
+        "--report_dir",
+        help="where to write the results (default: the run directory; for another data set than that of the training, a "
+        "folder of its name in the run directory)",
+    )
     return parser
 
 
 def visualize_parser() -> argparse.ArgumentParser:
     """The parser of `visualize.py`."""
-    parser = _parser_of_a_run(None, VISUALIZE_DESCRIPTION, "root_dir", "test_batch_size", "num_workers")
+    parser = _parser_of_a_run(None, VISUALIZE_DESCRIPTION, "dataset_name", "root_dir", "test_batch_size", "num_workers")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--query_idx",
@@ -323,6 +327,7 @@ def _parser_of_a_run(name: str | None, description: str, *overrides: str) -> arg
 _OVERRIDE_HELP = {
     "device": "where to compute",
     "precision": "of the weights",
+    "dataset_name": "data set to test on",
     "root_dir": "folder that holds the data set's folder",
     "test_batch_size": "images or captions encoded at once",
     "num_workers": "processes that load the data",

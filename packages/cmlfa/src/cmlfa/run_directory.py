@@ -1,17 +1,21 @@
 """Run directories: where a run writes, which checkpoint an interrupted run continues from, and which run to open."""
 
 import argparse
+import logging
 import re
 import time
 from pathlib import Path
 
-from cmlfa.config import CONFIG_NAME, load_train_configs
+from cmlfa.config import CONFIG_NAME, changed_flags, load_train_configs, save_train_configs
 from cmlfa.options import OVERRIDES, Options
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.run.logs import RunLog
 
 BEST_NAME = "best"
 LAST_NAME = "last"
 _SHOWN = 5
+
+logger = logging.getLogger("IRRA.train")
 
 
 def create_run_directory(options: Options) -> Path:
@@ -36,12 +40,19 @@ def resume_checkpoint(options: Options) -> Path:
     """The checkpoint of `--resume`: the named file, or the newest `last.pth` of the runs called `--name`.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or it belongs to a run on another data set.
     """
     if options.resume_ckpt_file:
         path = Path(options.resume_ckpt_file)
         if not path.is_file():
             raise CheckpointError(f"--resume_ckpt_file {path} is not a file: name an existing checkpoint")
+        own = own_run_directory(path)
+        trained_on = load_train_configs(own / CONFIG_NAME)["dataset_name"] if own else options.dataset_name
+        if trained_on != options.dataset_name:
+            raise CheckpointError(
+                f"--resume_ckpt_file {path} belongs to a run on {trained_on}, which --dataset_name {options.dataset_name} "
+                f"cannot continue: start a new run from its weights with --pretrain_choice {path}, without --resume"
+            )
         return path
     parent = Path(options.output_dir) / options.dataset_name
     found = [
@@ -64,11 +75,31 @@ def own_run_directory(checkpoint: Path) -> Path | None:
     return folder if is_run else None
 
 
-def remove_partial_checkpoints(directory: Path) -> None:
-    """Delete what a process left behind that was killed while it wrote a checkpoint (see `tbps_common.files`)."""
-    for name in (BEST_NAME, LAST_NAME):
-        for partial in directory.glob(f".{name}.tmp*.pth"):
-            partial.unlink(missing_ok=True)
+def open_run_directory(source: Path | None, options: Options, log: RunLog) -> Path:
+    """Make the run directory or, resuming, continue in the one the checkpoint lies in; write `configs.yaml`.
+
+    Args:
+        source: the checkpoint to resume from.
+        options: of the run; `output_dir` becomes the run directory.
+        log: written to `train_log.txt` from now on.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    own = own_run_directory(source) if source else None
+    if own is not None:
+        for name in (BEST_NAME, LAST_NAME):  # what a process left behind that was killed while it wrote a checkpoint
+            for partial in own.glob(f".{name}.tmp*.pth"):
+                partial.unlink(missing_ok=True)
+        for name, (before, now) in changed_flags(load_train_configs(own / CONFIG_NAME), vars(options)).items():
+            logger.warning("--%s was %s when the run began, and is %s now", name, before, now)
+    directory = own or create_run_directory(options)
+    options.output_dir = str(directory)
+    log.open(directory / "train_log.txt", append=own is not None)
+    save_train_configs(directory, options)
+    logger.info("run directory: %s", directory)
+    logger.info("flags: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(options).items())))
+    return directory
 
 
 def read_run(flags: argparse.Namespace) -> Options:

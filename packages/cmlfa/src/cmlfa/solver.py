@@ -23,8 +23,6 @@ from tbps_common.errors import CheckpointError, InputError
 ADAM_EPSILON = 1e-3
 ADAMW_EPSILON = 1e-8
 
-# How a step is computed is this process's choice, whatever the process that wrote the file chose.
-_KERNEL_CHOICES = ("foreach", "fused", "capturable", "differentiable")
 # State of the schedule itself; other attributes differ between versions of torch.
 _SCHEDULE_NUMBERS = ("last_epoch", "_step_count")
 _PER_GROUP = ("base_lrs", "_last_lr")
@@ -164,56 +162,38 @@ def official_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str
 def load_official_optimizer_state(
     optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any], source: str
 ) -> None:
-    """Load what `official_optimizer_state` or the released code wrote.
+    """Load the moments that `official_optimizer_state` or the released code wrote.
+
+    Learning rates, weight decays and all other settings stay those of the flags.
 
     Raises:
-        CheckpointError: it belongs to another set of parameters, another optimizer, or to flags that group the
-            parameters in another way; nothing has changed then.
+        CheckpointError: it belongs to another set of parameters or another optimizer; nothing has changed then.
     """
     parameters = _trained(model)
     names = [name for name in official_param_order(model) if dict(model.named_parameters())[name].requires_grad]
-    stored_groups: Sequence[Mapping[str, Any]] = state.get("param_groups", ())
-    stored = {index: group for group in stored_groups for index in group["params"]}
-    if sorted(stored) != list(range(len(parameters))):
+    groups: Sequence[Mapping[str, Any]] = state.get("param_groups", ())
+    stored = sorted(index for group in groups for index in group["params"])
+    if stored != list(range(len(parameters))):
         raise CheckpointError(
             f"The optimizer state of {source} covers {len(stored)} parameters, but this model trains {len(parameters)}: "
             "resume with the --loss_names and model flags of that run."
         )
+    if ("betas" in groups[0]) != ("betas" in optimizer.param_groups[0]):
+        raise CheckpointError(
+            f"The optimizer state of {source} is not one of {type(optimizer).__name__}: resume with the --optimizer of "
+            "that run."
+        )
     _check_state(state["state"], parameters, names, source)
-
-    place_of = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    settings: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
-    for index, parameter in enumerate(parameters):
-        place = place_of[id(parameter)]
-        current = optimizer.param_groups[place]
-        wanted = {
-            key: stored[index][key]
-            for key in current
-            if key in stored[index] and key != "params" and key not in _KERNEL_CHOICES
-        }
-        wanted = {key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()}
-        if settings[place] and settings[place] != wanted:
-            raise CheckpointError(
-                f"{source} trained {names[index]} with {_difference(settings[place], wanted)} than its group here: "
-                "resume with the --lr, --lr_factor, --bias_lr_factor and weight-decay flags of that run."
-            )
-        settings[place] = wanted
 
     # torch numbers the parameters group by group; its loader then moves and casts each tensor to its parameter.
     official_index = {id(parameter): index for index, parameter in enumerate(parameters)}
     moments: dict[int, dict[str, Any]] = {}
-    groups = []
-    number = 0
-    for place, group in enumerate(optimizer.param_groups):
-        numbers = []
-        for parameter in group["params"]:
-            entry = state["state"].get(official_index[id(parameter)])
-            if entry is not None:
-                moments[number] = {key: _as_tensor(key, value) for key, value in entry.items()}
-            numbers.append(number)
-            number += 1
-        groups.append({**{k: v for k, v in group.items() if k != "params"}, **settings[place], "params": numbers})
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    here = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(here):
+        entry = state["state"].get(official_index[id(parameter)])
+        if entry is not None:
+            moments[number] = {key: _as_tensor(key, value) for key, value in entry.items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def official_scheduler_state(scheduler: LRScheduler, optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -229,29 +209,28 @@ def official_scheduler_state(scheduler: LRScheduler, optimizer: Optimizer, model
 def load_official_scheduler_state(
     scheduler: LRScheduler, optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any], source: str
 ) -> None:
-    """Load what `official_scheduler_state` or the released code wrote; attributes of other torch versions are ignored.
+    """Continue where a schedule of `official_scheduler_state` or of the released code stood.
 
-    The course of the schedule (mode, length, warm-up, ...) stays that of the flags: only where the schedule stands and
-    the base learning rates are taken.
+    Only the number of completed epochs is taken: base rates and course (mode, length, warm-up, ...) are those of the
+    flags, so a run that is resumed with other flags trains its remaining epochs as a fresh run with these flags would.
 
     Raises:
         CheckpointError: the state lacks an entry or belongs to another set of parameters; nothing has changed then.
     """
-    places = _group_of_each(optimizer, model)
+    trained = len(_trained(model))
     missing = [key for key in (*_SCHEDULE_NUMBERS, *_PER_GROUP) if key not in state]
     if missing:
         raise CheckpointError(f"The scheduler state of {source} lacks {', '.join(missing)}: give another checkpoint.")
-    if any(len(state[key]) != len(places) for key in _PER_GROUP):
+    if any(len(state[key]) != trained for key in _PER_GROUP):
         raise CheckpointError(
             f"The scheduler state of {source} covers {len(state['base_lrs'])} parameters, but this model trains "
-            f"{len(places)}: resume with the --loss_names and model flags of that run."
+            f"{trained}: resume with the --loss_names and model flags of that run."
         )
     for key in _SCHEDULE_NUMBERS:
         setattr(scheduler, key, int(state[key]))
-    first = {place: index for index, place in reversed(list(enumerate(places)))}
-    for key in _PER_GROUP:
-        setattr(scheduler, key, [float(state[key][first[place]]) for place in range(len(optimizer.param_groups))])
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
+    rates = scheduler.get_lr()
+    scheduler._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
 
 
@@ -282,11 +261,6 @@ def _check_state(
 def _as_tensor(key: str, value: Any) -> Any:
     # Older versions of torch counted steps in a Python int.
     return torch.tensor(float(value)) if key == "step" and not torch.is_tensor(value) else value
-
-
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    keys = [key for key in one if one.get(key) != other.get(key)]
-    return "another " + ", ".join(keys)
 
 
 def _is_plain(value: Any) -> bool:

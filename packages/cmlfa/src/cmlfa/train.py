@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import cmlfa
 from cmlfa.checkpoint import Checkpointer
-from cmlfa.config import CONFIG_NAME, changed_flags, load_train_configs, save_train_configs
+from cmlfa.config import CONFIG_NAME
 from cmlfa.datasets import DistributedIdentitySampler, build_dataloader, prepare_batch
 from cmlfa.metrics import EvaluationStopped, Evaluator, metrics_table
 from cmlfa.model import CMLFA, ClipGeometry, build_model, clip_geometry
 from cmlfa.model.cmlfa import resolve_precision
 from cmlfa.options import Options
-from cmlfa.run_directory import (
-    BEST_NAME,
-    LAST_NAME,
-    create_run_directory,
-    own_run_directory,
-    remove_partial_checkpoints,
-    resume_checkpoint,
-)
+from cmlfa.run_directory import BEST_NAME, LAST_NAME, open_run_directory, own_run_directory, resume_checkpoint
 from cmlfa.solver import build_lr_scheduler, build_optimizer
 from tbps_common.datasets.raw import RawDataset
 from tbps_common.errors import CheckpointError
@@ -112,10 +105,10 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
     checkpointer = Checkpointer(model, optimizer, schedule, save_to_disk=run.is_main)
     meters = Meters()
     state, rng = _resume(source, options, checkpointer, precision, meters, run.ranks) if source else (State(), None)
-    directory = _open_directory(source, options, run)
+    directory = broadcast_object(open_run_directory(source, options, run.log) if run.is_main else Path())
     checkpointer.save_dir = str(directory)
     writer = SummaryWriter(str(directory), purge_step=state.epoch + 1) if run.is_main else None
-    closing.callback(writer.close if writer is not None else lambda: None)
+    closing.enter_context(writer or nullcontext())
     # `safl.pos_embeding` never gets a gradient, and the reducer would wait for it at the second step.
     network = run.distribute(model, find_unused_parameters=True)
     if rng is not None:
@@ -156,7 +149,8 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
             finite.require()
             _report_replaced(loader)
             if run.stop_requested():
-                save_last(all_rng_states(run.ranks))
+                # Before the first step, only the order of the batches has been drawn.
+                save_last(all_rng_states(run.ranks) if state.iteration else state.epoch_rng or [])
                 return _stopped(run, epoch, directory)
             seconds = time.perf_counter() - started
             _log_speed(epoch, seconds, batches=state.iteration - trained_before, samples=samples)
@@ -303,26 +297,6 @@ def _stored_geometry(source: Path | None, options: Options) -> ClipGeometry | No
         return None
     content = load_checkpoint_file(source, trust=options.trust_checkpoint, mmap=True)
     return clip_geometry(find_state_dict(content, source=str(source))[0], str(source), prefix="base_model.")
-
-
-def _open_directory(source: Path | None, options: Options, run: Run) -> Path:
-    """Make the run directory or, resuming, continue in the one the checkpoint lies in; write `configs.yaml`."""
-    directory = None
-    if run.is_main:
-        own = own_run_directory(source) if source else None
-        if own is not None:
-            remove_partial_checkpoints(own)
-            for name, (before, now) in changed_flags(load_train_configs(own / CONFIG_NAME), vars(options)).items():
-                logger.warning("--%s was %s when the run began, and is %s now", name, before, now)
-        directory = own or create_run_directory(options)
-        options.output_dir = str(directory)
-        run.log.open(directory / "train_log.txt", append=own is not None)
-        save_train_configs(directory, options)
-        logger.info("run directory: %s", directory)
-        logger.info("flags: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(options).items())))
-    directory = broadcast_object(directory)
-    assert directory is not None
-    return directory
 
 
 def _entries_of_last(state: State, meters: Meters, precision: StepPrecision) -> dict[str, Any]:
