@@ -43,7 +43,7 @@ def load_train_configs(path: str | os.PathLike[str]) -> EasyDict:
     """Read the flags of a run, as a mapping whose keys are also attributes.
 
     Values are returned as stored and unknown keys are kept; flags that the file lacks (files of the authors' code know
-    nothing of the project's additions) get their defaults, which are the released behaviour.
+    nothing of this project's flags) get their defaults, which are the released behaviour.
 
     Raises:
         InputError: the file is missing, is not a YAML mapping, or holds a value that its flag does not allow.

@@ -126,7 +126,7 @@ class EpochSchedule(LRScheduler):
         if self.mode == "step":
             return base * self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
         length = self.total_epochs - self.warmup_epochs
-        # A run that ends with its warm-up is stepped once more after its last epoch.
+        # The schedule is stepped after the last epoch too, which may be the last one of the warm-up.
         r = (epoch - self.warmup_epochs) / length if length > 0 else 1.0
         if self.mode == "cosine":
             return self.target_lr + (base - self.target_lr) * 0.5 * (1 + math.cos(math.pi * r))

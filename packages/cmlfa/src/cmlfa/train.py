@@ -185,7 +185,7 @@ def _batches_left(loader: DataLoader, epoch: int, state: State, run: Run) -> Ite
     """The batches of an epoch that are not trained yet.
 
     Those of an interrupted epoch are drawn again, in the same order and with the same worker seeds, and passed over; then
-    the random numbers go on where they were.
+    the random numbers continue where they were.
     """
     if isinstance(loader.sampler, (DistributedSampler, DistributedIdentitySampler)):
         loader.sampler.set_epoch(epoch)
@@ -283,7 +283,7 @@ def _resume(
             f"resume it with {len(rng)} processes"
         )
     logger.warning(
-        "%s holds the random state of %d processes, and this run has %d: it goes on, but not exactly as it would have",
+        "%s holds the random state of %d processes, and this run has %d: it continues, but not exactly as it would have",
         source,
         len(rng),
         ranks.world_size,

@@ -98,4 +98,4 @@ def _image_of_caption(records: list[dict[str, Any]], query: int) -> int:
         query -= len(record["captions"])
         if query < 0:
             return position
-    raise IndexError("there is no caption of that number")
+    raise IndexError("there is no caption with that number")

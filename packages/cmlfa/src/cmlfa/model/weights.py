@@ -93,7 +93,7 @@ def _official_position(name: str) -> tuple[int, int, int]:
             if match := _BLOCK.fullmatch(leaf):
                 block, leaf = int(match[1]), match[2]
             return stem_position, block, _LEAVES.index(leaf)
-    raise ValueError(f"{name} is no parameter of CMLFA, so it has no place in the order of the released code")
+    raise ValueError(f"{name} is not a parameter of CMLFA, so it has no place in the order of the released code")
 
 
 def load_checkpoint(
