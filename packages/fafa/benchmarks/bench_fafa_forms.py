@@ -16,12 +16,11 @@ from bench_fafa_direct import (
 )
 from bench_fafa_measure import Row, compared, difference, fastest
 from bench_fafa_model import build_model, random_batch
-from fafa.evaluation import retrieval, sweep, topk_mean_similarity
+from fafa.evaluation import retrieval, topk_mean_similarity
 from fafa.losses import FeatureDispersionLoss, pool_tokens, token_similarity
 from fafa.optim import build_optimizer
 
 K = 6
-SWEEP = (1, 2, 4, 6, 8, 16, 32)
 
 
 def unit(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -112,13 +111,13 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def evaluation(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Features to similarities, to metrics, and to metrics at several k."""
+    """Features to similarities and to metrics."""
     tokens, width = (32, 256) if args.full_size else (args.query_tokens, args.embed_dim)
     query = unit(args.queries, width, seed=args.seed, device=device)
     gallery = unit(args.gallery, tokens, width, seed=args.seed + 1, device=device)
     persons = max(args.gallery // 2, 1)
     g_ids, q_ids = torch.arange(args.gallery) % persons, torch.arange(args.queries) % persons
-    k, ks = min(K, tokens), [k for k in SWEEP if k <= tokens]
+    k = min(K, tokens)
     similarity = topk_mean_similarity(query, gallery, k)
 
     def own_metrics() -> tuple[float, float]:
@@ -139,14 +138,6 @@ def evaluation(args: argparse.Namespace, device: torch.device) -> list[Row]:
             1e-5,
         ),
         compared("features to mAP and mINP, ms", all_direct, own_metrics, args.repeats, device, 1e-2),
-        compared(
-            f"metrics at {len(ks)} values of k, ms",
-            lambda: [retrieval(query, gallery, q_ids, g_ids, value, topk=0).metrics["mAP"] for value in ks],
-            lambda: [result.metrics["mAP"] for result in sweep(query, gallery, q_ids, g_ids, ks).values()],
-            args.repeats,
-            device,
-            1e-2,
-        ),
     ]
     assert similarity.shape == (args.queries, args.gallery)
     return rows

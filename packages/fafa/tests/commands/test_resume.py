@@ -111,7 +111,7 @@ def test_killed_run_goes_on_exactly(
     """SIGKILL at random moments, until a run gets through; the state is written after every step meanwhile."""
     flags = train_flags(tmp_path, *EPOCHS, "--save-state-every", "1")
     context = multiprocessing.get_context("forkserver")  # a child starts at once: the server has imported everything
-    context.set_forkserver_preload(["fafa.training.start"])
+    context.set_forkserver_preload(["fafa.train"])
     moments = random.Random(0)
     kills = 0
     while True:

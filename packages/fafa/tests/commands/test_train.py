@@ -13,11 +13,11 @@ import torch
 from fafa.checkpoint import official_state_dict
 from fafa.cli import train_main
 from fafa.data import SynCPRDataset, collate_fn
+from fafa.evaluation import Validator
 from fafa.model import Blip2FAFACPR, read_model_config
 from fafa.optim import build_optimizer, build_scheduler
 from fafa.options import get_args
 from fafa.processors import BlipCaptionProcessor
-from fafa.training.validation import Validator
 from fafa.transforms import squarepad_transform_train
 from tbps_common.run.batches import EpochBatches, SeededItems
 from tbps_common.run.randomness import seed_everything
@@ -128,7 +128,7 @@ def test_code_backup_holds_the_sources_and_nothing_else(
     assert train_main(flags) == 0
     backup = only_run(tmp_path) / "code_backup"
     assert {path.name for path in backup.iterdir()} == {"fafa", "tbps_common"}
-    assert (backup / "fafa" / "training" / "run.py").is_file()
+    assert (backup / "fafa" / "train.py").is_file()
     assert not list(backup.rglob("__pycache__"))
 
 
@@ -192,9 +192,9 @@ def test_a_step_at_an_epochs_end_is_validated_once(
     only_run: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = []
-    measure = Validator.__call__
-    monkeypatch.setattr(Validator, "__call__", lambda self: calls.append(1) or measure(self))
+    calls: list[int] = []
+    measure = Validator.measure
+    monkeypatch.setattr(Validator, "measure", lambda self: calls.append(1) or measure(self))
     assert train_main(train_flags(tmp_path, "--validation-step", "7")) == 0  # the last of eight steps
     assert len(calls) == 2
     run = only_run(tmp_path)
