@@ -14,6 +14,7 @@ NOT_YET = {
     "cmlfa": {"one training loop"},
     "diana": {"no circles", "one training loop"},
     "dp_gen": {"no circles", "one training loop"},
+    "fafa": {"no circles"},
     "mra": {"no circles", "one training loop"},
 }
 
