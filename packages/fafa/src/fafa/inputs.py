@@ -1,8 +1,9 @@
 """What a training run reads and checks before torch is imported, so that a wrong path costs seconds, not minutes."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ class TrainingInputs:
     itcpr: ITCPR
     model_config: dict[str, Any]
     """The resolved mapping of `--backbone`, all defaults filled in."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells one data set from another of the same size; where its folder lies does not count."""
+        query, gallery = self.itcpr.query, self.itcpr.gallery
+        return {
+            "syncpr": _digest((record.edit_caption, record.cpr_id) for record in self.triplets),
+            "itcpr": _digest((*query["captions"], query["instance_ids"], gallery["instance_ids"])),
+        }
+
+
+def _digest(items: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 def read_inputs(args: TrainingFlags, resumed: Path | None = None) -> TrainingInputs:

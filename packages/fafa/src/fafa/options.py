@@ -48,8 +48,8 @@ The paper's command, run from packages/fafa:
 
 A flag given twice keeps its last value, so a command can be adapted by appending to it.
 The run directory <output-dir>/<date>_<time>_<exp-name> receives training_hyperparameters.json, the tables of losses and
-validations, saved_models/ and the state to go on from with --resume.
-Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process takes a batch of its own).
+validations, saved_models/ and the state that --resume continues from.
+Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process has batches of its own).
 """
 
 
@@ -160,7 +160,7 @@ def _add_authors_flags(parser: argparse.ArgumentParser) -> None:
         default="pretrain",
         help="pretrain (ViT-g), pretrain_vitL, coco, or (addition) a YAML file that describes the model",
     )
-    model.add_argument("--num-query-token", type=whole_number(1), help="query tokens; None: as the backbone says (32)")
+    model.add_argument("--num-query-token", type=whole_number(1), help="query tokens; by default the backbone's (32)")
     model.add_argument("--resume-path", help="checkpoint loaded over the start weights (weights only; see --resume)")
 
     loss = parser.add_argument_group("losses (the authors' flags)")
@@ -189,16 +189,16 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
     ours.add_argument(
         "--resume",
         metavar="RUN_DIR|auto",
-        help="go on with an interrupted run exactly where its last state was saved; auto: the newest of --exp-name",
+        help="continue an interrupted run exactly where its state was last saved; auto: the newest run of --exp-name",
     )
     ours.add_argument(
         "--save-state-every",
         type=whole_number(0),
         default=500,
         metavar="STEPS",
-        help="steps between two savings of the state for --resume, beside those after every epoch; 0: only those",
+        help="save the state for --resume every so many steps, in addition to every epoch; 0: after epochs only",
     )
-    ours.add_argument("--seed", type=int, help="seed of process r is seed+r; None: drawn, and recorded")
+    ours.add_argument("--seed", type=int, help="process r uses seed + r; by default drawn at random and recorded")
     ours.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     ours.add_argument(
         "--amp-dtype",
@@ -206,7 +206,9 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="autocast of the training step: fp16 needs a GPU and is float32 on a CPU; bf16 works on both",
     )
-    ours.add_argument("--use-fda-alpha", action="store_true", help="other pairs of a group count --fda-alpha, not 1")
+    ours.add_argument(
+        "--use-fda-alpha", action="store_true", help="weigh the other pairs of a group with --fda-alpha, not 1"
+    )
     ours.add_argument(
         "--gather",
         action="store_true",
@@ -219,11 +221,14 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
     )
     ours.add_argument("--output-dir", default="output/cpr", help="folder of the run directories")
     ours.add_argument(
-        "--max-steps", type=whole_number(1), help="end the run after this many steps (of the same schedule)"
+        "--max-steps", type=whole_number(1), help="end the run early, after this many steps; the schedule stays"
     )
     ours.add_argument("--no-code-backup", action="store_true", help="do not copy the package's source to code_backup/")
     ours.add_argument(
-        "--bad-images", choices=BAD_IMAGES, default="drop", help="training triplets that cannot be loaded"
+        "--bad-images",
+        choices=BAD_IMAGES,
+        default="drop",
+        help="what to do with training triplets that cannot be loaded",
     )
     ours.add_argument("--log-every", type=whole_number(1), default=50, help="steps between two lines of the log")
     ours.add_argument(
@@ -234,9 +239,9 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
         "--eval-cache-gb",
         type=number(0),
         default=4.0,
-        help="memory of each process for the outputs of a frozen ViT on ITCPR, which no validation computes twice; 0: none",
+        help="memory per process that keeps a frozen ViT's outputs on ITCPR for later validations; 0: none",
     )
-    ours.add_argument("--eval-cache-dir", help="keep these outputs in a file of this folder instead of in memory")
+    ours.add_argument("--eval-cache-dir", help="keep these outputs in a file in this folder instead of in memory")
     _add_trust_flag(ours)
 
 
@@ -266,9 +271,7 @@ def check_training_flags(args: TrainingFlags) -> list[str]:
             "that many of the query tokens"
         )
     if args.resume and args.resume_path:
-        raise InputError(
-            "--resume goes on with a run and its weights, --resume-path starts a new one: give one of them"
-        )
+        raise InputError("--resume continues a run with its weights, --resume-path starts a new run: give one of them")
     if args.gather and args.bad_images != "stop":
         raise InputError(
             "--gather needs batches of one size on all processes, and a triplet that is left out makes one smaller: add "
@@ -326,7 +329,7 @@ def inference_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser(INFERENCE)
     _add_run_flags(parser)
     parser.add_argument("--dataset", choices=["itcpr"], default="itcpr", help="data set")
-    parser.add_argument("--itcpr-root", help="ITCPR root; None: the one recorded by the training")
+    parser.add_argument("--itcpr-root", help="ITCPR root; by default the one recorded by the training")
     _add_loading_flags(parser)
     ours = parser.add_argument_group("additions of this project")
     ours.add_argument(
@@ -336,7 +339,7 @@ def inference_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="K",
         help="print and write the metrics for several numbers of averaged tokens, from the same features",
     )
-    ours.add_argument("--report-dir", help="folder of evaluation.json and the pictures; None: the run directory")
+    ours.add_argument("--report-dir", help="folder of evaluation.json and the pictures; by default the run directory")
     return parser.parse_args(argv)
 
 

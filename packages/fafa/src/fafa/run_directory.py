@@ -52,13 +52,27 @@ def create_run_directory(args: TrainingFlags, model_config: Mapping[str, Any]) -
         OSError: the folder cannot be created.
     """
     directory = _new_folder(Path(args.output_dir), args.exp_name)
-    recorded = {name: getattr(args, name) for name in RECORDED}
-    write_text(directory / HYPERPARAMETERS, json.dumps(recorded, sort_keys=True, indent=4) + "\n")
-    write_json(directory / FLAGS, dict(sorted(vars(args).items())))
+    record_flags(directory, args)
     write_model_config(model_config, directory)
     if not args.no_code_backup:
         _back_up_code(directory)
     return directory
+
+
+def record_flags(directory: Path, args: TrainingFlags) -> None:
+    """Write the authors' file of hyper-parameters, and one of all flags.
+
+    In a resumed run the flags given now take the place of the former ones, but for what the model was made from.
+
+    Raises:
+        InputError: the resumed run's file of hyper-parameters is damaged.
+    """
+    path = directory / HYPERPARAMETERS
+    before = _read_object(path) if path.is_file() else {}
+    recorded = {name: getattr(args, name) for name in RECORDED}
+    recorded |= {name: before[name] for name in ("backbone", "resume_path") if name in before}
+    write_text(path, json.dumps(recorded, sort_keys=True, indent=4) + "\n")
+    write_json(directory / FLAGS, dict(sorted(vars(args).items())))
 
 
 def _new_folder(parent: Path, exp_name: str) -> Path:
@@ -228,12 +242,7 @@ def read_hyperparameters(path: Path) -> Hyperparameters:
     Raises:
         InputError: the file is not a JSON object, or an entry has an impossible value.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold one JSON object: copy or download it again")
+    content = _read_object(path)
     given = {item.name: content[item.name] for item in fields(Hyperparameters) if content.get(item.name) is not None}
     for name, value in given.items():
         default = getattr(Hyperparameters, name)
@@ -246,3 +255,13 @@ def read_hyperparameters(path: Path) -> Hyperparameters:
     if values.fda_k < 1 or values.target_ratio <= 0:
         raise InputError(f"{path}: 'fda_k' and 'target_ratio' must be positive: correct the file")
     return values
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold one JSON object: copy or download it again")
+    return content

@@ -32,6 +32,7 @@ from fafa.run_directory import (
     WEIGHTS,
     closing_lines,
     create_run_directory,
+    record_flags,
     write_table,
 )
 from fafa.training_state import FORMAT, Progress, TrainedWeights, read_state, require_same_run, save_frozen
@@ -114,16 +115,16 @@ class Training:
         if args.seed is None:
             drawn = random.SystemRandom().randrange(2**31)
             args.seed = int(state["identity"]["seed"]) if state else broadcast_object(drawn)
-        # What must not change when a run goes on, because the order of the data or the schedule follows from it.
+        # What must not change when a run goes on: the order of the data and the best values follow from it.
         self.identity = {
             "seed": args.seed,
             "items": len(inputs.triplets),
             "batch_size": args.batch_size,
-            "num_epochs": args.num_epochs,
             "processes": run.ranks.world_size,
+            **inputs.fingerprints(),
         }
         if resumed is not None and state is not None:
-            require_same_run(state["identity"], self.identity, resumed / STATE)
+            require_same_run(state, self.identity, resumed / STATE)
         seed_everything(args.seed + run.ranks.rank)
 
         self.model = build_model(args, inputs.model_config, run.device)
@@ -143,9 +144,6 @@ class Training:
         self.loader = train_loader(dataset, self.batches, usable_workers(args.num_workers), run.device)
         self.clean = BlipCaptionProcessor()
         self.optimizer = build_optimizer(self.model, args.learning_rate)
-        self.scheduler = build_scheduler(
-            self.optimizer, args.learning_rate, self.batches.batches_per_epoch, args.num_epochs
-        )
         self.precision = StepPrecision(args.amp_dtype, run.device)
         self.weights = {"loss_fda": args.loss_fda, "loss_fd": args.loss_fd, "loss_mfr": args.loss_mfr}
         self.validator = Validator(
@@ -159,17 +157,34 @@ class Training:
         self.parts = {
             "model": TrainedWeights(self.model),
             "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
             "scaler": self.precision,
         }
+        self.schedule = {"num_epochs": args.num_epochs, "learning_rate": args.learning_rate}
         rng = None
         if resumed is not None and state is not None:
             rng = restore_state(state, self.parts, run.ranks, source=resumed / STATE, meters=self.meters)
             self.progress = Progress(**state["progress"])
             logger.info("resuming at epoch %d, batch %d", self.progress.epoch, self.progress.batch)
+            for name, before in state["schedule"].items():
+                if before != self.schedule[name]:
+                    flag = f"--{name.replace('_', '-')}"
+                    logger.info(
+                        "%s %s before, %s now: the remaining steps follow it", flag, before, self.schedule[name]
+                    )
+        # Built anew also for a resumed run, so that its remaining steps follow the flags given now.
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            args.learning_rate,
+            self.batches.batches_per_epoch,
+            args.num_epochs,
+            done=self._steps_done,
+        )
         directory = resumed
         if run.is_main:
-            directory = directory or create_run_directory(args, inputs.model_config)
+            if directory is None:
+                directory = create_run_directory(args, inputs.model_config)
+            else:
+                record_flags(directory, args)
             run.log.open(directory / LOG, append=resumed is not None)
             logger.info("run directory: %s", directory)
             logger.info("flags: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
@@ -347,6 +362,7 @@ class Training:
             meters=self.meters,
             format=FORMAT,
             identity=self.identity,
+            schedule=self.schedule,
             progress=asdict(self.progress),
         )
 

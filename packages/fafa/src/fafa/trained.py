@@ -85,7 +85,7 @@ def _loaded(settings: ModelSettings, state: Mapping[str, Tensor], source: str) -
         model, result = Blip2FAFACPR.from_state_dict(start.to_mapping(), state)
     except StateDictMismatch as error:
         raise CheckpointError(
-            f"{source} does not fit the model ({error}): name the backbone it was trained with by --backbone"
+            f"{source} does not fit the model ({error}): name the backbone it was trained with, with --backbone"
         ) from error
     for what, names in (("missing in", missing), ("unknown in", result.unexpected_keys)):
         if names:

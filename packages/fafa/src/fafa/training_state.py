@@ -83,7 +83,9 @@ def read_state(directory: Path) -> dict[str, Any]:
             if "samples" in meters:  # written before the weights were kept by name
                 meters["weights"] = dict.fromkeys(meters["sums"], meters.pop("samples"))
         Progress(**state["progress"])
-        return {**state, "identity": dict(state["identity"])}
+        identity = dict(state["identity"])
+        schedule = state.get("schedule", {"num_epochs": identity["num_epochs"]} if "num_epochs" in identity else {})
+        return {**state, "identity": identity, "schedule": schedule}
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -92,17 +94,23 @@ def read_state(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def require_same_run(before: Mapping[str, int], now: Mapping[str, int], path: Path) -> None:
+def require_same_run(state: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on under other circumstances.
 
     Raises:
         CheckpointError: names what changed and how.
     """
     names = {"items": "the number of triplets", "processes": "the number of processes"}
-    for key, value in now.items():
-        if before.get(key) != value:
+    data = {"syncpr": "--syncpr-data-path", "itcpr": "--itcpr-root"}
+    before = state["identity"]
+    for key in now:
+        if before.get(key, now[key]) == now[key]:  # an older state has no digests of the data
+            continue
+        if key in data:
+            change = f"other data than {data[key]} names now: resume with the data of the run"
+        else:
             name = names.get(key, f"--{key.replace('_', '-')}")
-            raise CheckpointError(
-                f"{path} belongs to a run with {name} {before.get(key)}, and now it is {value}: resume with "
-                f"{before.get(key)}, or start a new run from its weights with --resume-path"
-            )
+            change = f"{name} {before[key]}, and now it is {now[key]}: resume with {before[key]}"
+        raise CheckpointError(
+            f"{path} belongs to a run with {change}, or start a new run from its weights with --resume-path"
+        )

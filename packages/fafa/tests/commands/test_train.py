@@ -280,3 +280,22 @@ def test_weights_to_start_from_are_loaded(
     before = torch.load(start, weights_only=True)["model"]
     after = torch.load(run / "saved_models" / start.name, weights_only=True)["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_trained_model_is_tuned_on_ones_own_data(
+    tmp_path: Path, trained_run: Path, train_flags: Callable[..., list[str]], only_run: Callable[[Path], Path]
+) -> None:
+    """The README's way: the model file and the weights of a run, other data, a run of its own."""
+    write_toy_data(tmp_path / "own", one_instance=True)
+    before = {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}
+    weights = trained_run / "saved_models" / "tuned_last_recall_at1.pt"
+    flags = train_flags(
+        tmp_path / "out",
+        *("--syncpr-data-path", str(tmp_path / "own" / "syncpr"), "--itcpr-root", str(tmp_path / "own" / "itcpr")),
+        *("--backbone", str(trained_run / "model_config.yaml"), "--resume-path", str(weights), "--num-epochs", "1"),
+    )
+    assert train_main(flags) == 0
+    run = only_run(tmp_path / "out")
+    assert "0 keys missing, 0 unexpected" in (run / "train_log.txt").read_text(encoding="utf-8")
+    assert (run / "saved_models" / "tuned_recall_at1_epoch.pt").is_file()  # 100 % on data with one identity
+    assert before == {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}

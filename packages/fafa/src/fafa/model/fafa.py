@@ -177,7 +177,7 @@ class Blip2FAFACPR(FAFA):
         empty_vit: leave the ViT's weights as memory is, because a file's will take their place.
 
     Raises:
-        InputError: the tokenizer cannot be had, or transformers is older than 5.17.
+        InputError: the tokenizer cannot be found, or transformers is older than 5.17.
     """
 
     def __init__(self, settings: ModelSettings, empty_vit: bool = False):

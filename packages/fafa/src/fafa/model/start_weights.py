@@ -215,7 +215,7 @@ def read_hf(source: str, settings: ModelSettings, vocab_size: int) -> dict[str, 
         vocab_size: rows of its word embedding; further rows in the file are padding.
 
     Raises:
-        CheckpointError: the files cannot be had, or hold another kind of model.
+        CheckpointError: the files cannot be found, or hold another kind of model.
     """
     if settings.vit_model != "eva_clip_g":
         raise CheckpointError(f"hf:{source} holds an EVA ViT: set 'vit_model: eva_clip_g', or give a file of LAVIS.")

@@ -282,7 +282,7 @@ def interpolate_pos_embed(table: Tensor, grid_new: int, kind: str) -> Tensor:
         The table at `grid_new * grid_new + 1` rows, same rank and dtype; `table` itself if the grid is the same.
 
     Raises:
-        ValueError: an unknown kind, or a table that is no square grid and one token.
+        ValueError: an unknown kind, or a table that is not a square grid and one token.
     """
     if kind not in ("eva", "clip"):
         raise ValueError(f"kind must be 'eva' or 'clip', got {kind!r}.")
