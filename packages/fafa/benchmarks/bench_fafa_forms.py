@@ -1,6 +1,7 @@
 """What is compared at any size: the losses, a training step, and an evaluation."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from bench_fafa_direct import (
     direct_metrics,
     direct_token_similarity,
 )
-from bench_fafa_measure import Row, compared, difference, fastest
 from bench_fafa_model import build_model, random_batch
 from fafa.evaluation import retrieval, topk_mean_similarity
 from fafa.losses import FeatureDispersionLoss, pool_tokens, token_similarity
 from fafa.optim import build_optimizer
+from tbps_common.bench.timer import difference, measure
+
+Row = dict[str, Any]
 
 K = 6
 
@@ -26,6 +29,24 @@ K = 6
 def unit(*shape: int, seed: int, device: torch.device) -> Tensor:
     """Random rows of length one."""
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1).to(device)
+
+
+def milliseconds(forms: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """The fastest of `repeats` turns of each form."""
+    return {name: cost.milliseconds for name, cost in measure(forms, repeats=repeats, device=device).items()}
+
+
+def compared(
+    what: str, direct: Callable[[], Any], ours: Callable[[], Any], repeats: int, device: torch.device, tolerance: float
+) -> Row:
+    """One row of the table: times of both forms and how far their results are apart.
+
+    Raises:
+        AssertionError: the results differ by more than `tolerance`; a saving that changes them is none.
+    """
+    apart = difference(direct(), ours())
+    assert apart <= tolerance, f"{what}: the two forms differ by {apart:.3g}, more than {tolerance:.3g}"
+    return {"what": what, **milliseconds({"direct": direct, "ours": ours}, repeats, device), "difference": apart}
 
 
 def losses(args: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -107,7 +128,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
         return run
 
     forms = {"direct": step(direct, direct_losses), "ours": step(ours, call)}
-    return [{"what": "training step, ms", **fastest(forms, args.repeats, device), "difference": apart}]
+    return [{"what": "training step, ms", **milliseconds(forms, args.repeats, device), "difference": apart}]
 
 
 def evaluation(args: argparse.Namespace, device: torch.device) -> list[Row]:

@@ -14,8 +14,7 @@ from torch.utils.data.dataloader import default_collate
 
 from fafa.options import BAD_IMAGES
 from fafa.transforms import Transform
-from tbps_common.datasets import ITCPR, load_syncpr
-from tbps_common.datasets.syncpr import SynCPRRecord
+from tbps_common.datasets import ITCPR, SynCPRRecord, load_syncpr
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
 from tbps_common.run.batches import EpochBatches, SeededItems

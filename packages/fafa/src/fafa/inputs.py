@@ -10,8 +10,7 @@ from typing import Any
 
 from fafa.model.settings import MODEL_CONFIG, read_model_config
 from fafa.options import TrainingFlags
-from tbps_common.datasets import ITCPR, load_syncpr
-from tbps_common.datasets.syncpr import SynCPRRecord
+from tbps_common.datasets import ITCPR, SynCPRRecord, load_syncpr
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist, missing_images, read_image
 

@@ -14,7 +14,7 @@ from bench_fafa_direct import (
     direct_metrics,
     direct_token_similarity,
 )
-from bench_fafa_measure import compared
+from bench_fafa_forms import compared
 from fafa.evaluation import rank, topk_mean_similarity
 from fafa.losses import FeatureDispersionLoss, token_similarity
 

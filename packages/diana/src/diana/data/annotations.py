@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diana.data.text import Chat, round_problem, split_chats
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.records import Record, as_list, iter_records, many_objects
+from tbps_common.datasets.json_records import Folder, Record, as_list, iter_records, many_objects
 from tbps_common.errors import DatasetError, InputError
 
 logger = logging.getLogger("diana.data")
