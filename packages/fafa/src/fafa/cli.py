@@ -10,7 +10,7 @@ def train_main(argv: list[str]) -> int:
     """`src/blip_fine_tune_new.py`, `fafa-train`: train a model."""
     args = get_args(argv)
     warnings = check_training_flags(args)
-    resumed = find_run(args) if args.resume else None
+    resumed = find_run(args.resume, args) if args.resume else None
 
     from fafa.inputs import read_inputs
 

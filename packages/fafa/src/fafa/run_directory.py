@@ -98,14 +98,14 @@ def _back_up_code(directory: Path) -> None:
         )
 
 
-def find_run(args: TrainingFlags) -> Path:
+def find_run(resume: str, args: TrainingFlags) -> Path:
     """The run directory that `--resume` names: itself, or the newest one of `--exp-name` for `auto`.
 
     Raises:
         CheckpointError: there is none with a saved state.
     """
-    if args.resume != "auto":
-        directory = Path(args.resume)
+    if resume != "auto":
+        directory = Path(resume)
         if not has_state(directory):
             raise CheckpointError(
                 f"--resume {directory} is not a run directory with a saved state ({STATE}): name one, or start "
