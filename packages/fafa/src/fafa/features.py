@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from fafa.model.blip2 import Blip2FAFACPR
-from tbps_common.run.distributed import Ranks, gather_objects
+from fafa.model.blip2 import Blip2
+from tbps_common.run.distributed import Ranks
+from tbps_common.run.progress import progress_bar
 
 
 class ExtractionStopped(Exception):
@@ -93,19 +94,20 @@ class StateCache:
 class Extractor:
     """How features are computed: the model, the loading, and what to leave to other processes.
 
+    All features stay where the model is, so that they are ranked there.
+
     Attributes:
         model: in evaluation mode while features are computed.
-        device: where images go.
         clean: the caption processor.
         batch_size: images encoded at once.
         num_workers: processes that load images.
-        ranks: each process computes a slice of every data set, and all get all features.
+        ranks: the processes that share a data set. Each loads and encodes one part of it; the parts are cut between
+            batches, so that features do not depend on the number of processes.
         stop_requested: asked between batches.
         progress: show a bar.
     """
 
-    model: Blip2FAFACPR
-    device: torch.device
+    model: Blip2
     clean: Callable[[str], str] = str
     batch_size: int = 64
     num_workers: int = 2
@@ -113,125 +115,114 @@ class Extractor:
     stop_requested: Callable[[], bool] = bool
     progress: bool = False
 
+    def own_part(self, count: int) -> slice:
+        """The part of `count` items that this process encodes; the parts follow each other in rank order."""
+        batches = -(-count // self.batch_size)
+        share = -(-batches // self.ranks.world_size) * self.batch_size
+        return slice(min(self.ranks.rank * share, count), min((self.ranks.rank + 1) * share, count))
+
     def gallery(self, dataset: Any, cache: StateCache | None = None) -> Tensor:
-        """Features `[G, T, D]` (float32, CPU) of a data set of items `(id, image)`, in its order.
+        """Features of this process's part of a data set of items `(id, image)`: `[own, T, D]`, float32, in its order.
 
         Raises:
             ExtractionStopped: the run was asked to stop.
             DatasetError: an image cannot be read.
         """
-        return self._gathered(dataset, cache, lambda states, first: self.model.target_features(states), "gallery")
+        settings = self.model.settings
+        features = self._encoded(dataset, cache, lambda states, first: self.model.target_features(states), "gallery")
+        return torch.cat(
+            [torch.empty(0, settings.num_query_token, settings.embed_dim, device=self.model.device), *features]
+        )
 
     def queries(self, dataset: Any, captions: Sequence[str], cache: StateCache | None = None) -> Tensor:
-        """Features `[Q, D]` of reference images `(id, image, ...)` with relative captions; otherwise as `gallery`."""
+        """Features of all reference images `(id, image, ...)` with relative captions, `[Q, D]`, on every process.
+
+        Raises: as `gallery`.
+        """
 
         def encode(states: Tensor, first: int) -> Tensor:
             cleaned = [self.clean(caption) for caption in captions[first : first + len(states)]]
             return self.model.query_features(states, cleaned)
 
-        return self._gathered(dataset, cache, encode, "queries")
+        features = self._encoded(dataset, cache, encode, "queries")
+        every = torch.zeros(len(dataset), self.model.settings.embed_dim, device=self.model.device)
+        if features:
+            every[self.own_part(len(dataset))] = torch.cat(features)
+        if self.ranks.distributed:
+            dist.all_reduce(every)  # zero where another process has the numbers
+        return every
 
     def gallery_batches(self, dataset: Any) -> Iterator[tuple[int, Tensor]]:
         """As `gallery`, one batch after the other with its place: for galleries whose features should not be held.
 
         The model must be in evaluation mode, and nothing is shared with other processes.
         """
-        for first, states in self._states(dataset, 0, len(dataset), None, "images"):
-            yield first, self.model.target_features(states.to(self.device)).cpu()
+        for first, states in self._states(dataset, slice(0, len(dataset)), None, "images"):
+            yield first, self.model.target_features(states)
 
-    def _gathered(
+    def _encoded(
         self, dataset: Any, cache: StateCache | None, encode: Callable[[Tensor, int], Tensor], what: str
-    ) -> Tensor:
-        start, stop = _slice_of(len(dataset), self.ranks)
+    ) -> list[Tensor]:
+        """Features of the own part, batch by batch; `encode` takes ViT outputs and the place of the first one."""
+        own = self.own_part(len(dataset))
         was_training = self.model.training
         self.model.eval()
         try:
-            parts = [
-                encode(states.to(self.device), start + first)
-                for first, states in self._states(dataset, start, stop, cache, what)
-            ]
+            return [encode(states, own.start + first) for first, states in self._states(dataset, own, cache, what)]
         finally:
             self.model.train(was_training)
-        own = torch.cat(parts) if parts else None
-        if not self.ranks.distributed:
-            assert own is not None, "a data set of no images"
-            return own.cpu()
-        return _all_slices(own, len(dataset), self.ranks, self.device)
 
-    def _states(
-        self, dataset: Any, start: int, stop: int, cache: StateCache | None, what: str
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Place (from `start` on) and ViT outputs of one batch after the other."""
-        from tqdm import tqdm
-
+    def _states(self, dataset: Any, part: slice, cache: StateCache | None, what: str) -> Iterator[tuple[int, Tensor]]:
+        """Place (within the part) and ViT outputs of one batch after the other."""
+        count, device = part.stop - part.start, self.model.device
         cached = cache.filled if cache is not None else 0
-        batches = -(-(stop - start) // self.batch_size)
-        disable = None if self.progress and self.ranks.is_main else True
-        with tqdm(total=batches, desc=what, unit="batch", leave=False, disable=disable) as bar:
+        batches, shown = -(-count // self.batch_size), self.progress and self.ranks.is_main
+        with progress_bar(batches, unit="batch", desc=what, enabled=shown) as bar:
+            bar.leave = False
             for first in range(0, cached, self.batch_size):
                 assert cache is not None and cache.states is not None
                 self._check_stop()
-                yield first, cache.states[first : min(first + self.batch_size, cached)]
+                yield first, cache.states[first : min(first + self.batch_size, cached)].to(device)
                 bar.update()
-            if start + cached == stop:
+            if cached == count:
                 return
+            loader: DataLoader[Tensor] = DataLoader(
+                _Images(dataset, range(part.start + cached, part.stop)),
+                batch_size=self.batch_size,
+                num_workers=usable_workers(self.num_workers),
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # or making the iterator would draw from the generator that training uses
+            )
             first = cached
-            for images in _images(dataset, range(start + cached, stop), self.batch_size, self.num_workers, self.device):
+            for images in loader:
                 self._check_stop()
-                states = self.model.evaluation_states(images.to(self.device, non_blocking=True))
+                states = self.model.evaluation_states(images.to(device, non_blocking=True))
                 if cache is not None:
-                    cache.add(states, stop - start)
+                    cache.add(states, count)
                 yield first, states
                 first += len(states)
                 bar.update()
 
     def _check_stop(self) -> None:
-        # Processes that wait for each other's slices cannot stop one by one.
+        # Processes that wait for each other's parts cannot stop one by one.
         if not self.ranks.distributed and self.stop_requested():
             raise ExtractionStopped
 
 
-class _OnlyImages(Dataset[Tensor]):
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
+class _Images(Dataset[Tensor]):
+    """The images alone of some places of a data set."""
+
+    def __init__(self, dataset: Any, places: range):
+        self.dataset, self.places = dataset, places
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.dataset[index][1]
-
-
-def _images(dataset: Any, places: range, batch_size: int, num_workers: int, device: torch.device) -> Iterator[Tensor]:
-    loader: DataLoader[Tensor] = DataLoader(
-        Subset(_OnlyImages(dataset), places),
-        batch_size=batch_size,
-        num_workers=usable_workers(num_workers),
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or making the iterator would draw from the generator that training uses
-    )
-    yield from loader
+        return self.dataset[self.places[index]][1]
 
 
 def usable_workers(requested: int) -> int:
     """At most one loading process per processor: more only get in each other's way, and torch warns of them."""
     affinity = getattr(os, "sched_getaffinity", None)
     return min(requested, len(affinity(0)) if affinity else os.cpu_count() or 1)
-
-
-def _slice_of(count: int, ranks: Ranks) -> tuple[int, int]:
-    """The part of `count` items that a process computes; the parts follow each other in rank order."""
-    share = -(-count // ranks.world_size)
-    return min(ranks.rank * share, count), min((ranks.rank + 1) * share, count)
-
-
-def _all_slices(own: Tensor | None, count: int, ranks: Ranks, device: torch.device) -> Tensor:
-    """Join the features of all processes. Only the last ones can have fewer, or none."""
-    shapes = gather_objects(None if own is None else tuple(own.shape[1:]))
-    shape = next(shape for shape in shapes if shape is not None)
-    padded = torch.zeros((-(-count // ranks.world_size), *shape), device=device)
-    if own is not None:
-        padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)[:count].cpu()

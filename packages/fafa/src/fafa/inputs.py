@@ -1,20 +1,20 @@
-"""Checks of flags and data that need no model: made before torch is imported, so that a wrong path is told at once."""
+"""What a training run reads and checks before torch is imported, so that a wrong path costs seconds, not minutes."""
 
-import argparse
+import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fafa.model.settings import MODEL_CONFIG, read_model_config
+from fafa.options import TrainingFlags
+from tbps_common.datasets import ITCPR, SynCPRRecord, load_syncpr
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist, missing_images, read_image
 
-if TYPE_CHECKING:
-    from tbps_common.datasets import ITCPR, SynCPRRecord
-
-logger = logging.getLogger("fafa.preflight")
+logger = logging.getLogger("fafa.inputs")
 
 _SHOWN = 5
 _SIZE_SAMPLES = 8
@@ -23,64 +23,59 @@ _CROP_HEIGHT, _CROP_WIDTH, _BORDER = 384, 192, 20
 
 
 @dataclass(frozen=True)
-class RunInputs:
-    """What a training run reads before it loads a model."""
+class TrainingInputs:
+    """What a training run reads before it builds a model."""
 
-    records: "Sequence[SynCPRRecord]"
-    itcpr: "ITCPR"
+    triplets: Sequence[SynCPRRecord]
+    itcpr: ITCPR
     model_config: dict[str, Any]
     """The resolved mapping of `--backbone`, all defaults filled in."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """What tells one data set from another of the same size; where its folder lies does not count."""
+        query, gallery = self.itcpr.query, self.itcpr.gallery
+        return {
+            "syncpr": _digest((record.edit_caption, record.cpr_id) for record in self.triplets),
+            "itcpr": _digest((*query["captions"], query["instance_ids"], gallery["instance_ids"])),
+        }
 
-def check_training_inputs(args: argparse.Namespace, config_file: Path | None = None) -> RunInputs:
+
+def _digest(items: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def read_inputs(args: TrainingFlags, resumed: Path | None = None) -> TrainingInputs:
     """Read the model's configuration and both annotations, and check that a run can use them.
 
     Args:
         args: flags of a training run.
-        config_file: model configuration to use instead of `--backbone` (of a run that is resumed).
+        resumed: run directory to go on with, whose model configuration is used instead of `--backbone`.
 
     Raises:
         InputError: a flag does not fit the model or the data, or a file is missing or damaged.
     """
-    model_config = read_backbone(str(config_file or args.backbone), args.num_query_token, args.fda_k)
-    if args.resume_path:
-        require_file(args.resume_path, "--resume-path")
-    itcpr = check_itcpr(args.itcpr_root)
-    records = _check_syncpr(args)
-    return RunInputs(records, itcpr, model_config)
-
-
-def read_backbone(backbone: str, num_query_token: int | None, fda_k: int) -> dict[str, Any]:
-    """The resolved configuration of a backbone.
-
-    Raises:
-        InputError: it is unknown or damaged, or has fewer query tokens than the similarity averages.
-    """
-    from fafa.model.settings import read_model_config
-
-    config = read_model_config(backbone, num_query_token=num_query_token)
-    if fda_k > config["num_query_token"]:
+    backbone = resumed / MODEL_CONFIG if resumed else args.backbone
+    config = read_model_config(backbone, num_query_token=args.num_query_token)
+    if args.fda_k > config["num_query_token"]:
         raise InputError(
-            f"--fda-k {fda_k} is larger than the {config['num_query_token']} query tokens of the model: lower --fda-k, or "
-            "raise --num-query-token"
+            f"--fda-k {args.fda_k} is larger than the {config['num_query_token']} query tokens of the model: lower "
+            "--fda-k, or raise --num-query-token"
         )
-    return config
+    if args.resume_path and "://" not in args.resume_path and not os.path.isfile(args.resume_path):
+        raise CheckpointError(f"--resume-path {args.resume_path} is not a file: name an existing checkpoint")
+    itcpr = check_itcpr(args.itcpr_root)
+    return TrainingInputs(_read_syncpr(args), itcpr, config)
 
 
-def require_file(path: str, flag: str) -> None:
-    """Refuse a checkpoint that is not there before anything is loaded; a URL is left to the download."""
-    if "://" not in path and not os.path.isfile(path):
-        raise CheckpointError(f"{flag} {path} is not a file: name an existing checkpoint")
-
-
-def check_itcpr(root: str) -> "ITCPR":
+def check_itcpr(root: str) -> ITCPR:
     """Read ITCPR's annotation and see that its images exist.
 
     Raises:
         DatasetError: a file is missing or damaged, or no query has an image to find.
     """
-    from tbps_common.datasets import ITCPR
-
     if not os.path.isdir(root):
         raise DatasetError(f"--itcpr-root {root} does not exist: give the folder of query.json and gallery.json")
     itcpr = ITCPR(root, verbose=False)
@@ -96,9 +91,7 @@ def check_itcpr(root: str) -> "ITCPR":
     return itcpr
 
 
-def _check_syncpr(args: argparse.Namespace) -> "Sequence[SynCPRRecord]":
-    from tbps_common.datasets import load_syncpr
-
+def _read_syncpr(args: TrainingFlags) -> Sequence[SynCPRRecord]:
     root = args.syncpr_data_path
     file = os.path.join(root, args.json_path)
     if not os.path.isdir(root):

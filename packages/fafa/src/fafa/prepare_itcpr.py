@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         raise InputError("nothing to prepare: give at least one of --annotations, --celeb-reid, --prcc, --last")
     for flag, folder, _ in sources:
         if folder and not Path(folder).is_dir():
-            raise DatasetError(f"{flag} {folder} is no folder: give the one that the download was unpacked to")
+            raise DatasetError(f"{flag} {folder} is not a folder: give the one that the download was unpacked to")
         if folder and out.resolve().is_relative_to(Path(folder).resolve()):
             raise InputError(f"--out {out} lies inside {flag} {folder}: choose a folder outside the downloads")
     for flag, folder, find in sources:

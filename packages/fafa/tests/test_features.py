@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from fafa.extraction import CacheBudget, ExtractionStopped, Extractor, StateCache, usable_workers
+from fafa.evaluation import compute_itcpr_val_metrics
+from fafa.features import CacheBudget, ExtractionStopped, Extractor, StateCache, usable_workers
 from fafa.model import Blip2FAFACPR, read_model_config
 from tbps_world.tiny.fafa import TINY_MODEL, WORDS, write_tiny_model
 
@@ -19,6 +21,8 @@ class Pictures:
 
     def __init__(self, count: int = IMAGES):
         self.images = torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+        self.captions = ["red coat"] * count
+        self.instance_ids = list(range(count))
         self.loaded = 0
 
     def __len__(self) -> int:
@@ -37,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Blip2FAFACPR:
 
 
 def extractor(model: Blip2FAFACPR, **more: Any) -> Extractor:
-    return Extractor(model, torch.device("cpu"), batch_size=4, num_workers=0, **more)
+    return Extractor(model, batch_size=4, num_workers=0, **more)
 
 
 def test_features_are_those_of_the_model(model: Blip2FAFACPR) -> None:
@@ -95,6 +99,33 @@ def test_trained_parts_are_never_cached(model: Blip2FAFACPR) -> None:
     after = extractor(model).gallery(pictures, cache)
     assert torch.equal(after, extractor(model).gallery(Pictures()))
     assert not torch.equal(after, before)
+
+
+class Downloads(TorchFunctionMode):
+    """Notes which tensors are brought to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # On this machine the model's own device is the CPU; a move that ends there anywhere says so by name.
+        to_cpu = func is torch.Tensor.to and any(value == "cpu" and isinstance(value, str) for value in args[1:])
+        if (func in (torch.Tensor.cpu, torch.Tensor.numpy) or to_cpu) and args[0].is_floating_point():
+            self.shapes.append(args[0].shape)
+        return func(*args, **kwargs)
+
+
+def test_features_are_ranked_where_the_model_is(model: Blip2FAFACPR, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the gallery's nor the queries' features go to the CPU; only results of the ranking do."""
+    pictures = Pictures()
+    with Downloads() as downloads:
+        compute_itcpr_val_metrics(model, pictures, pictures, {"eval": str}, soft=True, batch_size=4, num_workers=0)
+    assert "R1" in capsys.readouterr().out
+    assert downloads.shapes  # metrics are computed on the host
+    width = model.settings.embed_dim
+    assert not [shape for shape in downloads.shapes if shape and shape[-1] == width], downloads.shapes
 
 
 def test_a_stop_is_heard_between_batches(model: Blip2FAFACPR) -> None:
