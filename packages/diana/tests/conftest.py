@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1]
+LAYOUT = PACKAGE / "DiaNA"
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +82,10 @@ def script_environment(world: Path, tiny: Path) -> dict[str, str]:
 
 def flags_of(script: str, environment: dict[str, str], *more: str) -> list[str]:
     """The words that a shell script hands to its Python program."""
-    folder = PACKAGE / ("eval" if script == "eval.sh" else "train")
+    folder = LAYOUT / ("eval" if script == "eval.sh" else "train")
     printer = "import sys; print('\\0'.join(sys.argv[1:]))"
     # `bash -c` replaces the interpreter by one that only prints its arguments.
-    stand_in = folder.parent / "tests" / "print_arguments.sh"
+    stand_in = PACKAGE / "tests" / "print_arguments.sh"
     done = subprocess.run(
         ["bash", f"shell/{script}", *more],
         cwd=folder,
@@ -111,7 +112,7 @@ def train_flags(script_environment: dict[str, str], sizes: list[str]) -> Callabl
         words = words[words.index("main/train/train.py") + 1 :]
         # The scripts run in train/; tests call the program from anywhere.
         fixed = {
-            name: str(PACKAGE / "train" / name) for name in ("configs/dataset_config.yaml", "zero_stage3_config.json")
+            name: str(LAYOUT / "train" / name) for name in ("configs/dataset_config.yaml", "zero_stage3_config.json")
         }
         words = [fixed.get(word, word) for word in words]
         return words if "--dataset_config_path" in words else [*words, "--dataset_config_path", *_default_config()]
@@ -120,7 +121,7 @@ def train_flags(script_environment: dict[str, str], sizes: list[str]) -> Callabl
 
 
 def _default_config() -> list[str]:
-    return [str(PACKAGE / "train" / "configs" / "dataset_config.yaml")]
+    return [str(LAYOUT / "train" / "configs" / "dataset_config.yaml")]
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ MODES = ("global", "local", "all")
 VERSION = "customized"
 
 TRAIN_DESCRIPTION = """\
-Train DiaNA. The paper's two stages, run from packages/diana/train:
+Train DiaNA. The paper's two stages, run from packages/diana/DiaNA/train:
 
   bash shell/pretrain.sh
   bash shell/finetune.sh
@@ -44,7 +44,7 @@ the clipping of FILE are computed here, without ZeRO; --deepspeed "" leaves the 
 counts.
 """
 EVAL_DESCRIPTION = """\
-Evaluate DiaNA checkpoints on the test dialogues. Run from packages/diana/eval:
+Evaluate DiaNA checkpoints on the test dialogues. Run from packages/diana/DiaNA/eval:
 
   bash shell/eval.sh
   bash shell/eval.sh --mode all --turn_limit 1 2 3 4 5 -1

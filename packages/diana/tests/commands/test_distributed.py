@@ -16,7 +16,7 @@ from diana.cli import train_main
 slow = pytest.mark.slow  # torchrun starts three interpreters that import torch
 
 Flags = Callable[..., list[str]]
-PACKAGE = Path(__file__).resolve().parents[2]
+LAYOUT = Path(__file__).resolve().parents[2] / "DiaNA"
 
 
 def run_script(
@@ -24,7 +24,7 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", f"shell/{script}", *more],
-        cwd=PACKAGE / "train",
+        cwd=LAYOUT / "train",
         env={**environment, **variables},
         capture_output=True,
         text=True,
@@ -155,7 +155,7 @@ def test_a_stop_of_the_job_saves_and_ends(script_environment: dict[str, str], si
     }
     job = subprocess.Popen(
         ["bash", "shell/pretrain.sh", *sizes, "--num_train_epochs", "1000"],
-        cwd=PACKAGE / "train",
+        cwd=LAYOUT / "train",
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -18,8 +18,8 @@ from diana.tokenizer import encode
 from tbps_common.images import read_image
 from tbps_common.report.evaluation import read_evaluation
 
-PACKAGE = Path(__file__).resolve().parents[2]
-CONFIG = PACKAGE / "eval" / "configs" / "dataset_config.yaml"
+LAYOUT = Path(__file__).resolve().parents[2] / "DiaNA"
+CONFIG = LAYOUT / "eval" / "configs" / "dataset_config.yaml"
 EvalFlags = Callable[..., list[str]]
 
 
