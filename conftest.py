@@ -145,7 +145,7 @@ def second_process_raises(tmp_path: Path) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    from tbps_common.run.finite import FiniteLoss\n"
+        "    from tbps_common.run.stop import FiniteLoss\n"
         "    update, calls = FiniteLoss.update, []\n"
         "    def fail(self, loss, iteration):\n"
         "        calls.append(iteration)\n"

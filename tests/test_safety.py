@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 # The one file that may call torch.load with weights_only=False, behind an explicit flag of the user.
-CHECKPOINT_READER = ("tbps_common", "checkpoint.py")
+CHECKPOINT_READER = ("run", "checkpoint.py")
 
 
 def dotted(node: ast.expr) -> str:

@@ -121,7 +121,7 @@ class TestStandIns:
         torch.save({"model": {"w": torch.ones(2)}, "best": [value], "nested": ({"v": value},)}, tmp_path / "a.pth")
         loaded = load_checkpoint_file(tmp_path / "a.pth")
         for found in (loaded["best"][0], loaded["nested"][0]["v"]):
-            assert type(found) is type(value) and found.dtype == value.dtype
+            assert type(found) is type(value) and found.dtype == value.dtype.newbyteorder("=")
             np.testing.assert_array_equal(found, value)
 
     def test_dtype(self, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ class TestSaving:
 class TestFindStateDict:
     weights = {"a.weight": torch.ones(2), "b": torch.zeros(1)}
 
-    @pytest.mark.parametrize("prefix", ["", "module."])
+    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
     @pytest.mark.parametrize(
         "wrap",
         [
@@ -433,6 +433,15 @@ class TestFindStateDict:
     def test_a_prefix_of_some_keys_stays(self) -> None:
         state, _ = find_state_dict({"module.a": torch.ones(1), "b": torch.ones(1)})
         assert list(state) == ["module.a", "b"]
+
+    @pytest.mark.parametrize("container", ["model", "state_dict", "model_state_dict", "net"])
+    def test_names_of_containers(self, container: str) -> None:
+        state, rest = find_state_dict({container: {"a": torch.ones(1)}, "epoch": 3})
+        assert list(state) == ["a"] and rest == {"epoch": 3}
+
+    def test_compiled_parts_of_a_model(self) -> None:
+        state, _ = find_state_dict({"encoder._orig_mod.weight": torch.ones(1), "head.bias": torch.ones(1)})
+        assert list(state) == ["encoder.weight", "head.bias"]
 
     @pytest.mark.parametrize("obj", [{}, {"model": {}}, {"epoch": 3}, [torch.ones(1)], None, {0: torch.ones(1)}])
     def test_no_weights(self, obj: Any) -> None:
@@ -537,3 +546,9 @@ class TestFingerprint:
     def test_half_and_bfloat16_can_be_hashed(self) -> None:
         halves = {name: torch.ones(3, dtype=dtype) for name, dtype in (("h", torch.float16), ("b", torch.bfloat16))}
         assert len(fingerprint(halves, {})) == 64
+
+
+def test_a_folder_with_a_lora_adapter_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="holds only a LoRA adapter"):
+        load_checkpoint_file(tmp_path)

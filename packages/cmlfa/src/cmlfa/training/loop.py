@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cmlfa.datasets import prepare_batch
 from cmlfa.training.meters import Meters
 from cmlfa.training.precision import StepPrecision
-from tbps_common.run.finite import FiniteLoss
+from tbps_common.run.stop import FiniteLoss
 
 logger = logging.getLogger("IRRA.train")
 

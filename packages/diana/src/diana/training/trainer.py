@@ -18,7 +18,7 @@ from diana.schedule import warmup_decay_gamma
 from diana.training.batches import TrainingBatches, TrainingLoader
 from diana.training.deepspeed_file import WarmupDecay
 from tbps_common.run.batches import ReplacedItems, SeededItems
-from tbps_common.run.finite import FiniteLoss
+from tbps_common.run.stop import FiniteLoss
 
 COMPONENTS = ("loss_itc", "loss_sdm", "loss_refine", "logit_scale")
 

@@ -30,10 +30,9 @@ from tbps_common.files import write_json
 from tbps_common.run.batches import EpochBatches, SeededItems, item_seed, replaced_items
 from tbps_common.run.checkpoint import load_checkpoint_file
 from tbps_common.run.distributed import Ranks, broadcast_object
-from tbps_common.run.finite import FiniteLoss
 from tbps_common.run.logs import RunLog
 from tbps_common.run.randomness import seed_worker
-from tbps_common.run.stop import AgreedStop, Interruption
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 PROJECT = "DiversePerson"
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -216,7 +216,7 @@ def _verdict_file(flags: argparse.Namespace) -> Path:
 def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]) -> Any:
     """Put the questions about each pair that has no answer yet."""
     from fafa.syncpr.answers import read_verdict
-    from tbps_common import llm
+    from tbps_common import pipeline
 
     root = Path(flags.out)
 
@@ -230,7 +230,7 @@ def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], qu
         return {"quadruple_id": pair["quadruple_id"], "variant": pair["variant"]}
 
     path = _verdict_file(flags)
-    job: llm.Job[dict[str, Any]] = llm.Job(
+    job: pipeline.Job[dict[str, Any]] = pipeline.Job(
         items=pairs,
         keys=lambda pair: (pair_key(pair),),
         record_key=key_in(path),
@@ -240,7 +240,7 @@ def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], qu
         order=pair_key,
     )
     begin_manifest(path, {"model": flags.vlm_model, "prompt": QUESTION_PROMPT_MARK}, {"server": client.server})
-    outcome = llm.run(job, client, path, unit="pair")
+    outcome = pipeline.run(job, client, path, unit="pair")
     finish_manifest(
         path,
         finished=not outcome.failed and outcome.refusal is None and outcome.interrupted is None,

@@ -24,9 +24,8 @@ from tbps_common.run.batches import EpochBatches, SeededItems, replaced_items
 from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.run.device import choose_device, device_sentence
 from tbps_common.run.distributed import Ranks, barrier, process_group
-from tbps_common.run.finite import FiniteLoss
 from tbps_common.run.progress import Progress
-from tbps_common.run.stop import AgreedStop, Interruption
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 _STATE = "training_state.pt"
 _LARGEST_GRADIENT = 1.0

@@ -128,7 +128,7 @@ class _Stage:
 
     def run(self) -> int:
         """Ask, and ask for more in place of what was dropped, until there are enough."""
-        from tbps_common import llm
+        from tbps_common import pipeline
 
         flags = self.flags
         if not flags.resume and self.requests.exists():
@@ -140,7 +140,9 @@ class _Stage:
         places = max(_requests_for(self.wanted, flags.per_request), self._places_answered())
         seconds, asked, retries = 0.0, 0, 0
         for _ in range(_MOST_ROUNDS):
-            outcome = llm.run(self._job(places), client, self.requests, tries=flags.tries, say=_say, unit="request")
+            outcome = pipeline.run(
+                self._job(places), client, self.requests, tries=flags.tries, say=_say, unit="request"
+            )
             asked, seconds, retries = asked + outcome.done, seconds + outcome.seconds, retries + outcome.retries
             kept = self._assemble(places, outcome.seconds)
             if kept >= self.wanted or outcome.interrupted is not None or outcome.refusal or outcome.failed:

@@ -34,10 +34,9 @@ from fafa.training.validation import Validator
 from fafa.transforms import build_transforms
 from tbps_common.run.batches import EpochBatches
 from tbps_common.run.distributed import Ranks, broadcast_object, gather_objects
-from tbps_common.run.finite import FiniteLoss
 from tbps_common.run.logs import RunLog
 from tbps_common.run.randomness import all_rng_states, seed_everything, set_rng_state
-from tbps_common.run.stop import AgreedStop, Interruption
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 logger = logging.getLogger("fafa.train")
 

@@ -27,10 +27,9 @@ from tbps_common.run.batches import EpochBatches, SeededItems, replaced_items
 from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, barrier, broadcast_object
-from tbps_common.run.finite import FiniteLoss
 from tbps_common.run.logs import RunLog
 from tbps_common.run.randomness import all_rng_states, seed_everything, seed_worker, set_rng_state
-from tbps_common.run.stop import AgreedStop, Interruption
+from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 
 logger = logging.getLogger("mra.dad")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mra.training.meters import Meters
 from mra.training.step import Step
-from tbps_common.run.finite import FiniteLoss
+from tbps_common.run.stop import FiniteLoss
 
 logger = logging.getLogger("mra.training")
 

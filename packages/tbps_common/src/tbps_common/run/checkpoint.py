@@ -2,8 +2,7 @@
 
 `torch.load` un-pickles, and a pickle can call any function. Files are therefore read with `weights_only=True`, whose
 own allow-list covers tensors, plain containers and optimizer states. Checkpoints of this field also hold numpy scalars
-(a best score) or a configuration read by ruamel.yaml; for those the load is tried once more with the closed list
-`tbps_common.run.stand_ins.HARMLESS_GLOBALS`, in which every name means a plain container or a stand-in written here.
+(a best score) or a configuration read by ruamel.yaml; for those the load is tried once more with a closed list of names.
 """
 
 import errno
@@ -14,10 +13,12 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
@@ -25,11 +26,47 @@ from torch import Tensor
 
 from tbps_common.errors import CheckpointError
 from tbps_common.files import atomic_path
-from tbps_common.run.stand_ins import HARMLESS_GLOBALS, plain
 
 TRUST_FLAG = "--trust-checkpoint"
 
-_CONTAINER_KEYS = ("model", "state_dict")
+
+class _Forgotten:
+    """Stands for the comments and line numbers that ruamel.yaml keeps beside the values of a configuration."""
+
+    def __new__(cls, *_: Any) -> "_Forgotten":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Number(float):
+    """Stands for ruamel.yaml's float with a remembered spelling."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_ARRAY_PARTS: tuple[Any, Any] = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+_RUAMEL_REMARKS = ("comments.Comment", "comments.Format", "comments.LineCol", "tokens.CommentToken", "error.StringMark")
+_HARMLESS: list[Any] = [
+    # numpy's arrays and scalars of numbers. numpy 1 wrote numpy.core, numpy 2 writes numpy._core.
+    *((part, f"numpy.{core}.multiarray.{part.__name__}") for part in _ARRAY_PARTS for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?U"},
+    (bytes, "builtins.bytes"),  # the content of an empty array
+    # A Counter is the one mapping that torch's un-pickler both fills and lets carry attributes. Lists cannot carry any
+    # there: a ruamel sequence with remembered line numbers is refused, and needs a trusting load.
+    (Counter, "ruamel.yaml.comments.CommentedMap"),
+    (list, "ruamel.yaml.comments.CommentedSeq"),
+    (_Number, "ruamel.yaml.scalarfloat.ScalarFloat"),
+    *((_Forgotten, f"ruamel.yaml.{name}") for name in _RUAMEL_REMARKS),
+]
+
+# Where the weights lie in a file, and what DistributedDataParallel and torch.compile add to the names.
+_CONTAINER_KEYS = ("model", "state_dict", "model_state_dict", "net")
+_DISTRIBUTED, _COMPILED = "module.", "_orig_mod."
 _ROOM_FACTOR = 1.2
 _SHOWN = 5
 
@@ -75,6 +112,11 @@ _FETCH = "copy or download it again, or give another checkpoint"
 def _require_file(file: Path) -> None:
     try:
         if file.is_dir():
+            if (file / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"{file} holds only a LoRA adapter (adapter_config.json), which changes another model: give the "
+                    "weights of the whole model."
+                )
             raise CheckpointError(f"{file} is a folder, not a checkpoint; give the file inside it (such as best.pth).")
         if not file.exists():
             raise CheckpointError(f"Checkpoint {file} does not exist; check the path.")
@@ -143,7 +185,7 @@ def _unpickle(file: Path, trust: bool, mmap: bool) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as refused:
-            return _unpickle_with_stand_ins(file, mmap, refused)
+            return _unpickle_harmless(file, mmap, refused)
     except CheckpointError:
         raise
     except (MemoryError, RecursionError) as error:
@@ -153,15 +195,27 @@ def _unpickle(file: Path, trust: bool, mmap: bool) -> Any:
         raise CheckpointError(f"{file} is not a readable checkpoint ({_first_line(error)}); {_FETCH}.") from error
 
 
-def _unpickle_with_stand_ins(file: Path, mmap: bool, refused: pickle.UnpicklingError) -> Any:
+def _unpickle_harmless(file: Path, mmap: bool, refused: pickle.UnpicklingError) -> Any:
     try:
-        with torch.serialization.safe_globals(HARMLESS_GLOBALS):
-            return plain(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+        with torch.serialization.safe_globals(_HARMLESS):
+            return _plain(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
     except pickle.UnpicklingError as error:
         raise _refusal(file, error) from error
     except Exception as error:
         # The names were on the list, what is done with them is not plain: the first refusal says which name it was.
         raise _refusal(file, refused) from error
+
+
+def _plain(value: Any) -> Any:
+    """Replace what stands for ruamel.yaml's containers and numbers by ordinary ones."""
+    if isinstance(value, _Number):
+        return float(value)
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry) for entry in value)
+    if isinstance(value, dict):
+        kind = dict if type(value) is Counter else type(value)
+        return kind((key, _plain(entry)) for key, entry in value.items())
+    return value
 
 
 def _refusal(file: Path, error: pickle.UnpicklingError) -> CheckpointError:
@@ -206,7 +260,7 @@ def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
             raise _no_room(file, cause.errno or errno.EIO, cause.strerror or str(cause)) from error
         except OSError as error:
             raise _no_room(file, error.errno or errno.EIO, error.strerror or str(error)) from error
-        with torch.serialization.safe_globals(HARMLESS_GLOBALS):
+        with torch.serialization.safe_globals(_HARMLESS):
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
         if refused:
             raise TypeError(
@@ -236,8 +290,9 @@ def _os_error_behind(error: BaseException) -> OSError | None:
 def find_state_dict(obj: Any, *, source: str = "the checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split what a checkpoint holds into the tensors of the model and everything else.
 
-    Understands a bare state dict, `{"model": state_dict, ...}`, `{"state_dict": state_dict, ...}` and nestings of
-    these. The prefix `module.` of DistributedDataParallel is taken off if every key has it.
+    Understands a bare state dict, `{"model": state_dict, ...}`, likewise `state_dict`, `model_state_dict` and `net`, and
+    nestings of these. What torch.compile adds to names (`_orig_mod.`, anywhere) is taken out, and the prefix `module.` of
+    DistributedDataParallel if every key has it.
 
     Args:
         obj: what `load_checkpoint_file` returned.
@@ -268,8 +323,9 @@ def find_state_dict(obj: Any, *, source: str = "the checkpoint") -> tuple[dict[s
             f"{source} holds no weights under names of parameters (found: {found}); give another file."
         )
     rest = {**{str(key): value for key, value in entries.items() if key not in state}, **rest}
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key.replace(_COMPILED, ""): value for key, value in state.items()}
+    if all(key.startswith(_DISTRIBUTED) for key in state):
+        state = {key.removeprefix(_DISTRIBUTED): value for key, value in state.items()}
     return state, rest
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tbps_common.errors import InputError
 
@@ -127,3 +128,51 @@ def broadcast_object(value: Value) -> Value:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """The main process's values, written into the tensor of every process. Every process must call it."""
+    if _joined():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _gathered(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # A copy, because autograd may hand one and the same tensor to another operation too.
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(rows: Tensor, *, sum_gradients: bool = True) -> Tensor:
+    """Rows of all processes joined in rank order; differentiable. Every process must call it with equally many rows.
+
+    Args:
+        rows: `[B, ...]`.
+        sum_gradients: the gradient of the own rows is the sum of what all processes have computed for them. With
+            gradients averaged over the processes, as DistributedDataParallel does, that is the gradient of the mean loss
+            over the joined batch. False: only what this process has computed reaches its rows, and where every process
+            computes the same loss the result is 1 / processes of that.
+
+    Returns:
+        `[B * processes, ...]`; `rows` itself for a single process.
+    """
+    if not _joined() or dist.get_world_size() == 1:
+        return rows
+    if sum_gradients and rows.is_floating_point():
+        return _GatherRows.apply(rows)  # type: ignore[return-value]
+    parts = list(_gathered(rows.detach()).chunk(dist.get_world_size()))
+    parts[dist.get_rank()] = rows
+    return torch.cat(parts)
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

@@ -7,22 +7,9 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
-
-
-class _ConsoleHandler(logging.Handler):
-    """Writes to stdout without tearing a progress bar apart."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except Exception:
-            self.handleError(record)
 
 
 class RunLog:
@@ -31,7 +18,7 @@ class RunLog:
     def __init__(self) -> None:
         self._held = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
-        self._console = _ConsoleHandler()
+        self._console = logging.StreamHandler(sys.stdout)
         self._console.setFormatter(logging.Formatter(FORMAT))
 
     @property
@@ -69,8 +56,10 @@ def run_log(*names: str, enabled: bool = True) -> Iterator[RunLog]:
         logger.setLevel(logging.INFO if enabled else logging.CRITICAL)
         for handler in log.handlers if enabled else ():
             logger.addHandler(handler)
+    # Lines go above a progress bar instead of tearing it apart.
     try:
-        yield log
+        with logging_redirect_tqdm(loggers if enabled else []):
+            yield log
     finally:
         for logger, level in before:
             logger.setLevel(level)

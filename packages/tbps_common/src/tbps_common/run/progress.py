@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 
 class Progress:
@@ -84,3 +86,37 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+class _Lines:
+    """A stream in which every redrawing of a progress bar becomes a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self._stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress_bar(
+    total: int, *, initial: int = 0, unit: str = "item", desc: str | None = None, enabled: bool = True
+) -> "tqdm[Any]":
+    """A bar that shows share, rate and the time left; where stderr is not a terminal, a line a minute says the same.
+
+    Args:
+        total: units of the whole work.
+        initial: of them done before; they do not count for the rate.
+        unit: what one is called.
+        desc: stands before the bar.
+        enabled: False on all processes but the main one.
+    """
+    shown: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": desc, "disable": not enabled}
+    if sys.stderr.isatty():
+        return tqdm(**shown, dynamic_ncols=True)
+    # ncols=0: numbers without a bar. Work of less than a minute says nothing.
+    return tqdm(**shown, file=_Lines(sys.stderr), mininterval=60, miniters=1, delay=60, ncols=0)

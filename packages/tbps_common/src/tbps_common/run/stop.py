@@ -1,18 +1,23 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop after the current step, the second ends the process at once."""
+"""What ends a run early: Ctrl-C and SIGTERM, on which all processes agree, and a loss that is not a finite number."""
 
 import os
 import signal
+from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tbps_common.run.distributed import Ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tbps_common.run.distributed import Ranks
 
 _MESSAGES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interruption:
-    """Context in which both signals only set a flag, once; a second signal has its usual effect.
+    """Context in which the first signal only sets a flag: the run stops after its step. A second one has its usual effect.
 
     Outside the main thread Python delivers no signals; there the context does nothing.
     """
@@ -53,7 +58,9 @@ class Interruption:
         for other in _MESSAGES:
             signal.signal(other, signal.SIG_DFL)
         # Plain write: a handler may run in the middle of a buffered write to the same stream.
-        text = f"\n{_MESSAGES[signal.Signals(number)]}: stopping after this step; once more ends at once\n"
+        text = (
+            f"\n{_MESSAGES[signal.Signals(number)]}: stopping after this step; press Ctrl-C again to quit immediately\n"
+        )
         os.write(2, text.encode())
 
 
@@ -62,22 +69,60 @@ class AgreedStop:
 
     The CPUs agree on it through a gloo group of their own, so that no step has to wait for a GPU. Every process must
     build it, after the process group, and call it equally often.
+
+    Args:
+        interruption: of this process.
+        ranks: place of this process.
+        timeout_minutes: how long to wait for a process that does not come.
     """
 
-    def __init__(self, interruption: Interruption, ranks: "Ranks") -> None:
+    def __init__(self, interruption: Interruption, ranks: Ranks, timeout_minutes: float = 120) -> None:
         self._interruption = interruption
         self._group: Any = None
         if ranks.distributed:
-            import torch.distributed as dist
-
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
     def __call__(self) -> bool:
         if self._group is None:
             return self._interruption.requested
-        import torch
-        import torch.distributed as dist
-
         flag = torch.tensor([int(self._interruption.requested)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
+
+
+class FiniteLoss:
+    """Remembers the first step whose loss was NaN or infinite, without waiting for the device at every step.
+
+    Args:
+        device: where the losses are.
+        sentence: step -> message of the error.
+    """
+
+    def __init__(self, device: torch.device, sentence: Callable[[int], str] | None = None):
+        self._first = torch.zeros((), dtype=torch.int64, device=device)
+        self._sentence = sentence
+
+    def update(self, loss: Tensor, step: int) -> None:
+        """Note the scalar loss of step 1, 2, ...
+
+        Raises:
+            FloatingPointError: on a CPU, where looking costs nothing: the loss is not finite.
+        """
+        bad = ~torch.isfinite(loss) & (self._first == 0)
+        self._first = torch.where(bad, step, self._first)
+        if self._sentence is not None and self._first.device.type == "cpu":
+            self.require()
+
+    def first_bad_iteration(self) -> int:
+        """The step, or 0 while all losses are finite; waits for the device."""
+        return int(self._first)
+
+    def require(self) -> None:
+        """Look, before a log line or a save, whether all losses so far were finite; waits for the device.
+
+        Raises:
+            FloatingPointError: one was not.
+        """
+        step = int(self._first)
+        if step and self._sentence is not None:
+            raise FloatingPointError(self._sentence(step))
