@@ -105,7 +105,7 @@ def test_one_failing_process_ends_the_job(
 
 
 def test_slurm_and_mpi_variables_become_torchruns() -> None:
-    from diana.training.environment import adopt_launcher, first_host
+    from diana.launch import adopt_launcher, first_host
 
     slurm = {
         "SLURM_PROCID": "5",
@@ -138,7 +138,7 @@ def test_slurm_and_mpi_variables_become_torchruns() -> None:
 
 @pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", ""), ("1", "1")])
 def test_a_single_process_sees_one_gpu(visible: str | None, left: str) -> None:
-    from diana.training.environment import use_one_gpu
+    from diana.launch import use_one_gpu
 
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     use_one_gpu(environment)

@@ -9,8 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -75,7 +73,7 @@ def test_a_stopped_run_goes_on_exactly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the middle of an epoch, and at its last step."""
-    from diana.training.trainer import DianaTrainer
+    from diana.train import DianaTrainer
 
     log = DianaTrainer.log
 
@@ -162,7 +160,7 @@ def test_a_checkpoint_stands_before_what_it_replaces_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deleting an earlier run takes long, and a kill may come meanwhile."""
-    from diana.training import callbacks
+    from diana import checkpoints
 
     out, unfinished = tmp_path / "run", tmp_path / "run" / ".unfinished"
     replaced = [out / name for name in ("checkpoint-2", "checkpoint-9", "model.safetensors")]
@@ -171,17 +169,15 @@ def test_a_checkpoint_stands_before_what_it_replaces_is_deleted(
         (folder / "whose").write_text("new" if folder.parent == unfinished else "old", encoding="utf-8")
     replaced[2].write_bytes(b"old")
     standing = []
-    delete = callbacks.delete
+    delete = checkpoints.delete
 
     def watched(paths: list[Path]) -> None:
         standing.append(sorted(str(path.relative_to(out)) for path in out.glob("[a-z]*")))
         assert (out / "checkpoint-2" / "whose").read_text(encoding="utf-8") == "new"
         delete(paths)
 
-    monkeypatch.setattr(callbacks, "delete", watched)
-    args, state = SimpleNamespace(output_dir=unfinished), SimpleNamespace(global_step=2, is_world_process_zero=True)
-    callback: Any = callbacks.WholeCheckpoints(out, None, replaced)
-    callback.on_save(args, state, None)
+    monkeypatch.setattr(checkpoints, "delete", watched)
+    checkpoints.install_checkpoint(unfinished / "checkpoint-2", out, replaced=replaced, keep=None)
     assert standing == [["checkpoint-2"]]
     assert list(unfinished.iterdir()) == []
 

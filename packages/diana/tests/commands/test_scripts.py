@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from diana.training.launch import launch_command
+from diana.launch import launch_command
 
 PACKAGE = Path(__file__).resolve().parents[2]
 LAYOUT = PACKAGE / "DiaNA"
@@ -80,7 +80,7 @@ def test_scripts_hold_the_released_values(column: int, plain_environment: dict[s
     script = ("pretrain.sh", "finetune.sh")[column]
     words = script_words(script, plain_environment)
     start = words.index("main/train/train.py")
-    assert words[:2] == ["-m", "diana.training.launch"]
+    assert words[:2] == ["-m", "diana.launch"]
     assert words[2:start] == [
         *("--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1"),
         *(f"--nproc_per_node={(8, 4)[column]}", f"--master_port={(34229, 34230)[column]}"),
@@ -192,7 +192,7 @@ def test_the_shipped_sizes_are_the_papers() -> None:
 def test_zero_files_say_what_is_followed_without_deepspeed(stage: int) -> None:
     import json
 
-    from diana.training.deepspeed_file import WarmupDecay, read_deepspeed_file
+    from diana.schedule import WarmupDecay, read_deepspeed_file
 
     path = LAYOUT / "train" / f"zero_stage{stage}_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -161,7 +161,7 @@ def test_layer_wise_rates_change_what_deep_layers_learn(
 
 
 def test_grouping_by_length_sees_every_sample_once() -> None:
-    from diana.training.batches import TrainingBatches
+    from diana.data.batches import TrainingBatches
 
     lengths = [(7 * number) % 50 for number in range(103)]
     for world in (1, 2):

@@ -349,7 +349,7 @@ def test_importing_the_data_package_loads_no_torch() -> None:
     import sys
 
     code = (
-        "import sys, diana.data, diana.retrieval, diana.tokenizer, diana.model.weights;"
+        "import sys, diana.data, diana.retrieval, diana.model.folders, diana.preflight;"
         "from diana.data import load_annotations, load_dataset_config, render_dialogue;"
         "sys.exit(bool({'torch', 'transformers', 'torchvision', 'peft'} & set(sys.modules)))"
     )

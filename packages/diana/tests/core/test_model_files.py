@@ -236,7 +236,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", half_written)
+    monkeypatch.setattr("diana.model.weights.save_file", half_written)
     with pytest.raises(OSError, match="No space"):
         tiny_model(logit_scale=20).save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == before

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diana.data.text import Chat, round_problem, split_chats
 from tbps_common.datasets.folder import Folder
 from tbps_common.datasets.records import Record, as_list, iter_records, many_objects
@@ -15,6 +17,7 @@ from tbps_common.errors import DatasetError, InputError
 
 logger = logging.getLogger("diana.data")
 
+TRAIN_DATASETS = ("mals", "chatpedes")
 ROOT_VARIABLE = "DIANA_DATA_ROOT"
 PLACEHOLDER = "<Dataset Root>"
 
@@ -28,10 +31,8 @@ def load_dataset_config(path: str | os.PathLike[str], dataset: str) -> dict[str,
     The environment variable DIANA_DATA_ROOT takes the place of `<Dataset Root>` in every value.
 
     Raises:
-        InputError: the file is missing, is no YAML, does not list the data set, or still has the placeholder.
+        InputError: the file is missing, is not YAML, does not list the data set, or still has the placeholder.
     """
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -152,7 +153,7 @@ def load_annotations(meta: Mapping[str, Any], split: str) -> dict[str, list[Any]
 
     Returns:
         `images` (paths) and `image_ids` (labels) of the gallery; `chats` (lists of rounds) and `caption_ids` (labels)
-        of the queries. A record without dialogue stays in the gallery; their number is told in one warning.
+        of the queries. A record without dialogue stays in the gallery; one warning counts them.
 
     Raises:
         DatasetError: a file or record cannot be used.

@@ -18,6 +18,9 @@ SYSTEM_PROMPT = (
 AFTER_SYSTEM = "\n\n"
 """What stands between the system text and the first message."""
 
+CAPTION_BUDGETS = ("caption", "total")
+"""What the limit of a caption's tokens counts: its own, or the system text too."""
+
 ROLES = {"gpt": "ASSISTANT", "user": "USER"}
 PROMPT_POOL = (
     "Please describe the person you saw.",
@@ -69,7 +72,7 @@ def render_caption(caption: str, prompt: str) -> str:
 
 
 def round_problem(messages: Any) -> str | None:
-    """Why a value is no round, as the end of a sentence; None if it is one."""
+    """Why a value is not a round, as the end of a sentence; None if it is one."""
     if not isinstance(messages, list):
         return f"is {type(messages).__name__}, not a list of messages"
     for place, message in enumerate(messages):

@@ -1,8 +1,10 @@
-"""`checkpoint-N` folders of a run: which to go on from, and which to delete. Needs no torch."""
+"""`checkpoint-N` folders of a run: which to go on from, putting a new one in place, which to delete. Needs no torch."""
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from tbps_common.errors import CheckpointError, InputError
@@ -26,7 +28,7 @@ def checkpoint_to_resume(output_dir: Path, *, overwrite: bool) -> Path | None:
     """Where to go on without being told: the last checkpoint, unless the folder is to be overwritten.
 
     Raises:
-        InputError: the folder is no folder, or holds something else and is not to be overwritten.
+        InputError: the path is a file, or the folder holds something else and is not to be overwritten.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file: give a folder")
@@ -43,13 +45,18 @@ def checkpoint_to_resume(output_dir: Path, *, overwrite: bool) -> Path | None:
     return None
 
 
+def is_off(value: str) -> bool:
+    """Whether a value of `--resume_from_checkpoint` asks for nothing."""
+    return value.lower() in ("", "false", "none")
+
+
 def requested_checkpoint(value: str, output_dir: Path) -> Path | None:
     """What `--resume_from_checkpoint` means: a folder, or True for the last checkpoint of the output folder.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it lacks the state of the run.
     """
-    if value.lower() in ("", "false", "none"):
+    if is_off(value):
         return None
     if value.lower() == "true":
         found = checkpoints(output_dir)
@@ -87,6 +94,43 @@ def earlier_results(output_dir: Path) -> list[Path]:
         return []
     model = [output_dir / name for name in ("config.json", "model.safetensors")]
     return [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)] + [p for p in model if p.is_file()]
+
+
+def install_checkpoint(written: Path, output_dir: Path, *, replaced: list[Path], keep: int | None) -> None:
+    """Move a checkpoint folder to its place when all of it is on the disk: a kill never leaves a part under its name.
+
+    Args:
+        written: the folder, on the same disk as `output_dir`.
+        output_dir: of the run.
+        replaced: results of an earlier run, deleted after the checkpoint is in place.
+        keep: how many checkpoints stay; `None`: all.
+    """
+    for path in written.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(written)
+    target = output_dir / written.name
+    # Moved away first, deleted last: deleting many gigabytes takes time, and a kill meanwhile would leave nothing.
+    aside = Path(tempfile.mkdtemp(prefix="replaced-", dir=written.parent))
+    for path in {*replaced, target}:
+        if path.exists():
+            os.rename(path, aside / path.name)
+    os.rename(written, target)
+    _flush_folder(output_dir)
+    delete([aside])
+    if keep:
+        delete(checkpoints(output_dir)[:-keep])
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def delete(paths: list[Path]) -> None:

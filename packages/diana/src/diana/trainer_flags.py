@@ -1,6 +1,6 @@
 """Flags of `transformers.TrainingArguments`: what the authors' version called them, and what today's does.
 
-The module imports transformers only in `read_trainer_flags`.
+transformers is imported in `read_trainer_flags` alone, because flags and paths are checked before it is loaded.
 """
 
 import os
@@ -34,7 +34,7 @@ DROPPED = frozenset(
 TRANSLATED = frozenset(("warmup_ratio", "logging_dir", "group_by_length", "adafactor"))
 _FALSE = ("false", "0", "no", "f", "n")
 # Names met in scripts. Any other word is given to transformers before anything else is looked at, so that a typing
-# error is told as such; the list need not be complete.
+# error is reported as such; the list need not be complete.
 _COMMON = frozenset(
     "output_dir dataloader_num_workers bf16 fp16 tf32 num_train_epochs max_steps per_device_train_batch_size "
     "per_device_eval_batch_size gradient_accumulation_steps eval_strategy save_strategy save_steps save_total_limit "
@@ -52,7 +52,7 @@ def is_common(word: str) -> bool:
 
 
 def has_unknown(words: Sequence[str]) -> bool:
-    """Whether some flag is not a common one: probably a typing error, which is then told before anything else."""
+    """Whether some flag is not a common one: probably a typing error, which is then reported before anything else."""
     return any(word.startswith("--") and not is_common(word) for word in words)
 
 
@@ -139,7 +139,7 @@ def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"a flag of the trainer cannot be used: {first}") from error
     if unknown:
-        raise InputError(f"unknown on the command line: {' '.join(unknown)} (train.py --help lists the flags)")
+        raise InputError(f"unknown flags: {' '.join(unknown)} (train.py --help lists the known ones)")
     if not arguments.output_dir:
         raise InputError("--output_dir is missing: name the folder for checkpoints")
     return arguments
