@@ -1,6 +1,7 @@
 """Paths and facts about the whole repository for the workspace tests."""
 
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def packages(root: Path) -> dict[str, Path]:
-    """Import name -> source folder of every workspace member."""
-    return {path.name: path / "src" / path.name for path in sorted((root / "packages").iterdir()) if path.is_dir()}
+def members(root: Path) -> list[Path]:
+    """Folders of the workspace's members."""
+    patterns = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["workspace"][
+        "members"
+    ]
+    return sorted(folder for pattern in patterns for folder in root.glob(pattern) if folder.is_dir())
 
 
 @pytest.fixture(scope="session")

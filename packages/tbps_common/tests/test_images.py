@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 
 from tbps_common import images
 from tbps_common.datasets import DatasetError, read_image
+from tbps_common.errors import ImageError
 from tbps_common.images import find_damage
 
 HEIGHT, WIDTH = 40, 24
@@ -59,7 +60,7 @@ def test_lossless_formats_return_the_stored_pixels(tmp_path: Path, suffix: str) 
     assert find_damage(path) is None
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     source = picture()
     if mode == "I;16":
@@ -68,7 +69,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         source = source.convert("L").convert("LA")
     else:
         source = source.convert(mode)
-    suffix = {"CMYK": "tiff", "YCbCr": "jpg", "I": "tiff", "F": "tiff"}.get(mode, "png")
+    suffix = {"CMYK": "tiff", "YCbCr": "jpg"}.get(mode, "png")
     path = tmp_path / f"a.{suffix}"
     source.save(path)
     image = read_image(path)
@@ -80,6 +81,47 @@ def test_16_bit_greyscale_keeps_its_upper_byte(tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "a.png")
     grey = np.asarray(read_image(tmp_path / "a.png"))
     assert np.abs(grey[..., 0].astype(int) - (values >> 8)).max() <= 1  # one step of rounding
+
+
+@pytest.mark.parametrize("kind", ["PGM", "PGM of 1,000 steps", "TIFF, big-endian", "TIFF, little-endian"])
+def test_every_16_bit_grey_keeps_its_upper_byte(tmp_path: Path, kind: str) -> None:
+    largest = 1000 if "steps" in kind else 65535
+    values = np.linspace(0, largest, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).round()
+    path = tmp_path / ("a.pgm" if "PGM" in kind else "a.tiff")
+    if "PGM" in kind:
+        path.write_bytes(f"P5 {WIDTH} {HEIGHT} {largest}\n".encode() + values.astype(">u2").tobytes())
+    else:
+        big = "big" in kind
+        grey = Image.frombytes(
+            "I;16B" if big else "I;16", (WIDTH, HEIGHT), values.astype(">u2" if big else "<u2").tobytes()
+        )
+        grey.save(path)
+    assert find_damage(path) is None
+    found = np.asarray(read_image(path))[..., 0].astype(float)
+    assert np.abs(found - values / largest * 255).max() <= 1.5
+
+
+@pytest.mark.parametrize(("mode", "words"), [("I", "32-bit integers"), ("F", "floating-point numbers")])
+def test_numbers_without_a_range_are_refused_and_the_check_says_so(tmp_path: Path, mode: str, words: str) -> None:
+    picture().convert(mode).save(tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match=words):
+        read_image(tmp_path / "a.tiff")
+    assert words in str(find_damage(tmp_path / "a.tiff"))
+
+
+def test_pictures_of_ones_own_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(tmp_path / "a.png", exif=exif)
+    shown = read_image(tmp_path / "a.png", as_shown=True)
+    assert np.array_equal(np.asarray(shown), np.rot90(np.asarray(picture()), -1))
+    hidden = picture().convert("RGBA")
+    hidden.putalpha(0)
+    hidden.save(tmp_path / "b.png")
+    assert np.asarray(read_image(tmp_path / "b.png", as_shown=True)).min() == 255
+    palette = picture().convert("P")
+    palette.save(tmp_path / "c.png", transparency=bytes(256))
+    assert np.asarray(read_image(tmp_path / "c.png", as_shown=True)).min() == 255
 
 
 def test_colours_under_transparency_are_kept(tmp_path: Path) -> None:
@@ -164,7 +206,7 @@ def test_truncation_keeps_the_rows_that_are_there(tmp_path: Path, suffix: str) -
 def test_files_that_are_no_image_are_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(data)
-    with pytest.raises(DatasetError, match="cannot be read: it is empty or no image") as caught:
+    with pytest.raises(DatasetError, match="cannot be read: it is empty or not an image") as caught:
         read_image(path)
     assert str(path) in str(caught.value)
 

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterable
 from typing import IO
 
+import numpy as np
 from PIL import (
     Image,
     ImageFile,
+    ImageOps,
     TiffImagePlugin,  # noqa: F401 - opening by a list of formats fails for those whose plugin nobody has imported
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
@@ -22,35 +24,40 @@ PIXEL_LIMIT_VARIABLE = "TBPS_MAX_IMAGE_PIXELS"
 
 # Raster formats person data sets come in. Others stay closed: Pillow would start Ghostscript for an EPS file.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Endings of files in these formats, as they are looked for in a folder of pictures.
+SUFFIXES = tuple(".bmp .dib .gif .jpg .jpeg .jpe .jfif .png .apng .ppm .pgm .pbm .pnm .tif .tiff .webp".split())
 
 _PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnidentifiedImageError)
 _SHOWN = 5
 _TRUNCATED_SWITCH = threading.Lock()
 
 
-def read_image(path: str | os.PathLike[str], retries: int = 3) -> Image.Image:
+def read_image(path: str | os.PathLike[str], retries: int = 3, *, as_shown: bool = False) -> Image.Image:
     """Read an image file as RGB.
 
     The stored pixels are returned as they lie in the file, as the released readers do: the first frame of an
-    animation, no rotation by EXIF. Transparency is dropped, 16-bit greyscale keeps its upper 8 bits. The missing part
-    of a truncated file stays black or grey.
+    animation, no rotation by EXIF, transparency dropped. 16-bit greyscale keeps its upper 8 bits. The missing part of a
+    truncated file stays black or grey.
 
     Args:
         path: JPEG, PNG, BMP, GIF, PPM, TIFF or WebP file; the content decides, not the name.
         retries: how often reading is tried again after a passing I/O error (a network drive, say).
+        as_shown: for a user's own pictures: turned as EXIF says, and transparent parts laid on white, as a viewer shows
+            them.
 
     Returns:
         A loaded picture of mode RGB; no file stays open.
 
     Raises:
-        ImageError: the file is missing, is no image, cannot be decoded, or has more pixels than 64 million (or than
-            the environment variable TBPS_MAX_IMAGE_PIXELS says); names the file and the cause.
+        ImageError: the file is missing, is not an image, cannot be decoded, holds numbers without a known range (32-bit
+            integers, floating point), or has more pixels than 64 million (or than the environment variable
+            TBPS_MAX_IMAGE_PIXELS says); names the file and the cause.
         DatasetError: TBPS_MAX_IMAGE_PIXELS is not a number.
     """
     limit = pixel_limit()
     for attempt in range(retries + 1):
         try:
-            return _read(path, limit)
+            return _read(path, limit, as_shown)
         except DatasetError:
             raise
         except OSError as error:
@@ -72,6 +79,7 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
     try:
         with _open(path) as file, _identify(path, file, limit) as image:
             image.load()
+            _in_8_bits(image)
     except Exception as error:  # see read_image
         return _cause(error)
     return None
@@ -97,10 +105,10 @@ def pixel_limit() -> int:
     return limit
 
 
-def _read(path: str | os.PathLike[str], limit: int) -> Image.Image:
+def _read(path: str | os.PathLike[str], limit: int, as_shown: bool) -> Image.Image:
     try:
         with _open(path) as file:
-            return _decode(path, file, limit)
+            return _decode(path, file, limit, as_shown)
     except DatasetError:
         raise
     except Exception as error:  # see read_image
@@ -112,7 +120,7 @@ def _read(path: str | os.PathLike[str], limit: int) -> Image.Image:
         before = ImageFile.LOAD_TRUNCATED_IMAGES
         ImageFile.LOAD_TRUNCATED_IMAGES = True
         try:
-            return _decode(path, file, limit)
+            return _decode(path, file, limit, as_shown)
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
@@ -123,14 +131,34 @@ def _open(path: str | os.PathLike[str]) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _decode(path: str | os.PathLike[str], file: IO[bytes], limit: int) -> Image.Image:
-    with _identify(path, file, limit) as image:
-        image.load()
-        if image.mode.startswith("I;16"):
-            image = image.point(lambda value: value * (1 / 256)).convert("L")  # convert() alone would clip to white
+def _decode(path: str | os.PathLike[str], file: IO[bytes], limit: int, as_shown: bool) -> Image.Image:
+    with _identify(path, file, limit) as opened:
+        opened.load()
+        image = _in_8_bits(opened)
+        if as_shown:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns about the direct way
         return image.convert("RGB")  # a copy that needs no open file, also where the mode is RGB already
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """The picture itself, or the upper 8 bits of a 16-bit grey one, which `convert` alone would clip to white.
+
+    Raises:
+        ValueError: the values have no known range.
+    """
+    # Pillow reads a PGM of more than 8 bits as integers, scaled to 16 bits whatever its largest value is.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey.info = image.info
+        return grey
+    if image.mode in ("I", "F"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"it holds {kind}, whose range is unknown: save it with 8 bits per colour")
+    return image
 
 
 def _identify(path: str | os.PathLike[str], file: IO[bytes], limit: int) -> Image.Image:
@@ -156,7 +184,7 @@ def _cause(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
     if isinstance(error, UnidentifiedImageError):
-        return "it is empty or no image of a known format"
+        return "it is empty or not an image of a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().rstrip(".") or type(error).__name__

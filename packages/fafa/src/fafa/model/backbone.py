@@ -1,7 +1,7 @@
 """BLIP-2 stage 1 as FAFA uses it: images and captions to hidden states and unit features (paper section 4.1).
 
 Nothing here needs transformers: the ViT and the Q-Former are handed in. `fafa.model.blip2` takes those of transformers,
-`fafa.lavis_plugin` LAVIS's.
+`packages/fafa/lavis` LAVIS's.
 """
 
 from collections.abc import Mapping, Sequence

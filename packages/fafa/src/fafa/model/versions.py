@@ -1,4 +1,4 @@
-"""The one requirement on transformers that package metadata cannot state (the extra `lavis` needs an old one)."""
+"""The one requirement on transformers that package metadata cannot state (LAVIS needs an old one)."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -24,5 +24,5 @@ def require_transformers() -> None:
     if numbers < OLDEST:
         raise InputError(
             f"The model needs transformers {wanted} or later, but {found} is installed: "
-            f"pip install 'transformers>={wanted}' (the extra 'lavis' belongs in an environment of its own)."
+            f"pip install 'transformers>={wanted}' (LAVIS's belongs in an environment of its own)."
         )

@@ -5,13 +5,13 @@ import signal
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:  # a command that only catches signals needs no torch
+    import torch
+    from torch import Tensor
 
-from tbps_common.run.distributed import Ranks
+    from tbps_common.run.distributed import Ranks
 
 _MESSAGES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -76,15 +76,20 @@ class AgreedStop:
         timeout_minutes: how long to wait for a process that does not come.
     """
 
-    def __init__(self, interruption: Interruption, ranks: Ranks, timeout_minutes: float = 120) -> None:
+    def __init__(self, interruption: Interruption, ranks: "Ranks", timeout_minutes: float = 120) -> None:
         self._interruption = interruption
         self._group: Any = None
         if ranks.distributed:
+            import torch.distributed as dist
+
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
     def __call__(self) -> bool:
         if self._group is None:
             return self._interruption.requested
+        import torch
+        import torch.distributed as dist
+
         flag = torch.tensor([int(self._interruption.requested)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
@@ -98,18 +103,21 @@ class FiniteLoss:
         sentence: step -> message of the error.
     """
 
-    def __init__(self, device: torch.device, sentence: Callable[[int], str] | None = None):
+    def __init__(self, device: "torch.device", sentence: Callable[[int], str] | None = None):
+        import torch
+
+        self._torch = torch
         self._first = torch.zeros((), dtype=torch.int64, device=device)
         self._sentence = sentence
 
-    def update(self, loss: Tensor, step: int) -> None:
+    def update(self, loss: "Tensor", step: int) -> None:
         """Note the scalar loss of step 1, 2, ...
 
         Raises:
             FloatingPointError: on a CPU, where looking costs nothing: the loss is not finite.
         """
-        bad = ~torch.isfinite(loss) & (self._first == 0)
-        self._first = torch.where(bad, step, self._first)
+        bad = ~self._torch.isfinite(loss) & (self._first == 0)
+        self._first = self._torch.where(bad, step, self._first)
         if self._sentence is not None and self._first.device.type == "cpu":
             self.require()
 

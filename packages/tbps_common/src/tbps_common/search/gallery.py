@@ -26,9 +26,9 @@ from torch import Tensor
 
 from tbps_common.errors import GalleryError
 from tbps_common.files import atomic_path
+from tbps_common.images import SUFFIXES
 
 FORMAT = "tbps-gallery/1"
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 Batches = Iterable[tuple[list[str], Tensor]]
 
@@ -60,10 +60,10 @@ def find_images(folder: str | os.PathLike[str]) -> list[str]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = (name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
+        names = (name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES))
         found.extend(path for path in (os.path.join(current, name) for name in names) if os.path.isfile(path))
     if not found:
-        raise GalleryError(f"No image is under {root} (looked for {', '.join(IMAGE_SUFFIXES)}); give another folder.")
+        raise GalleryError(f"No image is under {root} (looked for {', '.join(SUFFIXES)}); give another folder.")
     return sorted(found)
 
 
