@@ -24,53 +24,47 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / STATE_NAME).is_file()]
 
 
-def checkpoint_to_resume(output_dir: Path, *, overwrite: bool) -> Path | None:
-    """Where to go on without being told: the last checkpoint, unless the folder is to be overwritten.
+def checkpoints_to_resume(requested: str, output_dir: Path, *, overwrite: bool) -> list[Path]:
+    """Where a run may go on, best first; none: it starts from the beginning.
+
+    Args:
+        requested: value of `--resume_from_checkpoint`: a folder; True for the last checkpoint of the output folder; empty
+            or False for that too, if there is one and it is not to be overwritten.
+        output_dir: of the run.
+        overwrite: start from the beginning although there are checkpoints.
+
+    Returns:
+        The folder that is named, or all complete checkpoints of the output folder, the last one first.
 
     Raises:
-        InputError: the path is a file, or the folder holds something else and is not to be overwritten.
+        CheckpointError: there is no such checkpoint, or it lacks the state of the run.
+        InputError: `output_dir` is a file, or the folder holds something else and is not to be overwritten.
     """
+    if requested.lower() == "true":
+        found = checkpoints(output_dir)[::-1]
+        if not found:
+            raise CheckpointError(f"{output_dir} holds no checkpoint to go on from: leave --resume_from_checkpoint out")
+        return found
+    if requested.lower() not in ("", "false", "none"):
+        folder = Path(requested)
+        if not folder.is_dir():
+            raise CheckpointError(f"--resume_from_checkpoint {folder} does not exist: give a checkpoint-N folder")
+        if not (folder / STATE_NAME).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {STATE_NAME}, so training cannot go on from it: start from its weights with --pretrained"
+            )
+        return [folder]
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file: give a folder")
     if overwrite or not output_dir.is_dir():
-        return None
-    found = checkpoints(output_dir)
-    if found:
-        return found[-1]
-    if any(path.name not in (UNFINISHED, ARGUMENTS_NAME, LOG_NAME) for path in output_dir.iterdir()):
+        return []
+    found = checkpoints(output_dir)[::-1]
+    if not found and any(path.name not in (UNFINISHED, ARGUMENTS_NAME, LOG_NAME) for path in output_dir.iterdir()):
         raise InputError(
             f"--output_dir {output_dir} is not empty and holds no checkpoint to go on from: give another folder, or "
             "--overwrite_output_dir True"
         )
-    return None
-
-
-def is_off(value: str) -> bool:
-    """Whether a value of `--resume_from_checkpoint` asks for nothing."""
-    return value.lower() in ("", "false", "none")
-
-
-def requested_checkpoint(value: str, output_dir: Path) -> Path | None:
-    """What `--resume_from_checkpoint` means: a folder, or True for the last checkpoint of the output folder.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it lacks the state of the run.
-    """
-    if is_off(value):
-        return None
-    if value.lower() == "true":
-        found = checkpoints(output_dir)
-        if not found:
-            raise CheckpointError(f"{output_dir} holds no checkpoint to go on from: leave --resume_from_checkpoint out")
-        return found[-1]
-    folder = Path(value)
-    if not folder.is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint {folder} does not exist: give a checkpoint-N folder")
-    if not (folder / STATE_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} holds no {STATE_NAME}, so training cannot go on from it: start from its weights with --pretrained"
-        )
-    return folder
+    return found
 
 
 def check_state(folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diana.checkpoints import checkpoint_to_resume, is_off
+from diana.checkpoints import checkpoints_to_resume
 from diana.data.annotations import image_folder, load_dataset_config
 from diana.model.config import DiaNAConfig
 from diana.options import TrainOptions, parse_train_flags
@@ -47,9 +47,8 @@ def parse_and_check(argv: Sequence[str]) -> tuple[TrainOptions, list[str]]:
     deepspeed = take_flag(words, "deepspeed")[1]
     if deepspeed and not Path(deepspeed).is_file():
         raise InputError(f'--deepspeed {deepspeed} does not exist: give the JSON file, or --deepspeed "" for none')
-    resume = take_flag(words, "resume_from_checkpoint")[1]
-    if resume is None or is_off(resume):
-        checkpoint_to_resume(Path(output_dir), overwrite=options.overwrite_output_dir)
+    requested = take_flag(words, "resume_from_checkpoint")[1] or ""
+    checkpoints_to_resume(requested, Path(output_dir), overwrite=options.overwrite_output_dir)
     return options, words
 
 

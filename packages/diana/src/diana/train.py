@@ -37,22 +37,22 @@ from diana.checkpoints import (
     LOG_NAME,
     UNFINISHED,
     check_state,
-    checkpoint_to_resume,
+    checkpoints_to_resume,
     delete,
     earlier_results,
     install_checkpoint,
-    requested_checkpoint,
 )
 from diana.data.batches import TrainingBatches, TrainingLoader
 from diana.data.training import Collate, TrainingDataset, build_training_dataset
+from diana.model.folders import has_sound_weights
 from diana.optim import decay_parameter_names, layer_decay_groups
 from diana.options import TrainOptions
 from diana.preflight import check_data
 from diana.schedule import WarmupDecay, follow_deepspeed_file
 from diana.starting_model import build_model, size_sentences, use_checkpointing
 from diana.tokenizer import check_vocabulary, load_tokenizer
-from diana.trainer_flags import read_trainer_flags
-from tbps_common.errors import CheckpointError
+from diana.trainer_flags import read_trainer_flags, unusable_flag
+from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import write_json
 from tbps_common.images import check_images_exist
 from tbps_common.run.batches import ReplacedItems, SeededItems, replaced_items
@@ -91,6 +91,8 @@ def train(options: TrainOptions, words: list[str]) -> int:
     words, deepspeed, partitioned = follow_deepspeed_file(words, ranks, cpu=cpu)
     words = [*TRAINER_DEFAULTS, "--disable_tqdm", str(not sys.stderr.isatty()), *words]
     args = read_trainer_flags(words, cpu=cpu)
+    if args.fsdp and not ranks.distributed:
+        raise InputError("--fsdp shards the model over several processes, and this is the only one: leave it out")
     if deepspeed.clipping is not None:
         args.max_grad_norm = deepspeed.clipping
     output_dir = Path(str(args.output_dir))
@@ -98,7 +100,8 @@ def train(options: TrainOptions, words: list[str]) -> int:
         # Reading the device joins the process group.
         how = "DeepSpeed" if partitioned else f"{ranks.world_size} process(es)"
         say(device_sentence(options.device, args.device, how))
-        checkpoint = broadcast_object(_checkpoint_to_go_on_from(options, args) if ranks.is_main else None)
+        found = _checkpoint_to_go_on_from(options, args) if ranks.is_main else (None, [])
+        checkpoint, damaged = broadcast_object(found)
         if checkpoint is not None:
             say(f"going on from {checkpoint}")
 
@@ -136,7 +139,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
 
         # The run's folder. The trainer itself writes to a folder of unfinished things in it.
         unfinished = output_dir / UNFINISHED
-        replaced_results = earlier_results(output_dir) if checkpoint is None else []
+        replaced_results = earlier_results(output_dir) if checkpoint is None else damaged
         if ranks.is_main:
             delete([unfinished])
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -154,17 +157,20 @@ def train(options: TrainOptions, words: list[str]) -> int:
         replaced_images = replaced_items(options.bad_images, len(dataset))
         if replaced_images is not None:
             callbacks.append(ReportReplacedImages(replaced_images, dataset.paths, say))
-        trainer = DianaTrainer(
-            model,
-            args,
-            dataset,
-            tokenizer,
-            options,
-            schedule=deepspeed.schedule,
-            log_file=output_dir / LOG_NAME if ranks.is_main else None,
-            replaced_images=replaced_images,
-            callbacks=callbacks,
-        )
+        try:
+            trainer = DianaTrainer(
+                model,
+                args,
+                dataset,
+                tokenizer,
+                options,
+                schedule=deepspeed.schedule,
+                log_file=output_dir / LOG_NAME if ranks.is_main else None,
+                replaced_images=replaced_images,
+                callbacks=callbacks,
+            )
+        except (ValueError, ImportError) as error:
+            raise unusable_flag(error) from error
         if options.seed_per_rank:
             set_seed(args.seed + ranks.rank)
         model.set_attention(options.attn_implementation, torch.bfloat16 if args.bf16 else None)
@@ -256,6 +262,8 @@ class DianaTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+            in_order=args.dataloader_in_order,
             # A generator of its own: starting an epoch draws nothing from the one that drop path uses.
             generator=torch.Generator().manual_seed(seed),
         )
@@ -442,20 +450,36 @@ class ReportReplacedImages(TrainerCallback):
     on_train_end = on_epoch_end
 
 
-def _checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> Path | None:
-    output_dir = Path(str(args.output_dir))
-    folder = requested_checkpoint(str(args.resume_from_checkpoint or ""), output_dir)
-    if folder is None and args.do_train:
-        folder = checkpoint_to_resume(output_dir, overwrite=options.overwrite_output_dir)
-    if folder is not None:
-        # The trainer would answer damage with a traceback.
-        check_state(folder)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            if (folder / name).is_file():
-                load_checkpoint_file(folder / name, mmap=True)
-        if not (folder / "optimizer.pt").is_file() and not list(folder.glob("global_step*")):
-            raise CheckpointError(f"{folder} holds no optimizer state: start from its weights with --pretrained")
-    return folder
+def _checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> tuple[Path | None, list[Path]]:
+    """The best checkpoint whose files are sound, and the damaged ones that were passed over."""
+    requested, output_dir = str(args.resume_from_checkpoint or ""), Path(str(args.output_dir))
+    if not requested and not args.do_train:
+        return None, []
+    damaged: dict[Path, CheckpointError] = {}
+    for folder in checkpoints_to_resume(requested, output_dir, overwrite=options.overwrite_output_dir):
+        try:
+            _require_sound(folder)
+        except CheckpointError as error:
+            damaged[folder] = error
+            continue
+        for error in damaged.values():
+            print(f"warning: {error}; going on from {folder}")
+        return folder, list(damaged)
+    for error in damaged.values():
+        raise error
+    return None, []
+
+
+def _require_sound(folder: Path) -> None:
+    """Look at every file of a checkpoint that training goes on from: the trainer would answer damage with a traceback."""
+    check_state(folder)
+    if not has_sound_weights(folder):
+        raise CheckpointError(f"the weights in {folder} are missing or damaged: resume from another checkpoint")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        if (folder / name).is_file():
+            load_checkpoint_file(folder / name, mmap=True)
+    if not (folder / "optimizer.pt").is_file() and not list(folder.glob("global_step*")):
+        raise CheckpointError(f"{folder} holds no optimizer state: start from its weights with --pretrained")
 
 
 @contextlib.contextmanager

@@ -41,6 +41,16 @@ def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--learning_rate", "fast"], "learning_rate"),
         (["--save_strategy", "sometimes"], "sometimes"),
         (["--freeze_model", "True"], "nothing is left to train"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor cannot act here (the losses are DiaNA's own)"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha cannot act here"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "2"],
+            "--eval_strategy cannot act here (training does not evaluate",
+        ),
+        (["--do_eval", "True"], "--do_eval cannot act here"),
+        (["--auto_find_batch_size", "True"], "--auto_find_batch_size cannot act here"),
+        (["--accelerator_config", '{"split_batches": true}'], "--accelerator_config cannot act here"),
+        (["--fsdp", "full_shard auto_wrap"], "--fsdp"),
         (["--llama_pretrained", ""], "--llama_pretrained is missing"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,8 +202,6 @@ def test_a_damaged_checkpoint_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(pretrained / "checkpoint-3", checkpoint)
     content = (checkpoint / damage).read_bytes()
@@ -212,6 +211,32 @@ def test_a_damaged_checkpoint_is_named(
     said = capsys.readouterr().err
     assert str(checkpoint) in said
     assert len(said.strip().splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"), [("optimizer.pt", 0.5), ("model.safetensors", 0), ("trainer_state.json", 0)]
+)
+def test_a_damaged_last_checkpoint_is_passed_over(
+    damage: str,
+    kept: float,
+    data_root: Path,
+    uninterrupted: tuple[Path, list[str]],
+    train_flags: Flags,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The one before it is sound: the run goes on from there, in the same bits, and the damaged one does not stay."""
+    whole, run = uninterrupted
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    sound, damaged = tmp_path / "checkpoint-4", tmp_path / "checkpoint-8"
+    content = (damaged / damage).read_bytes()
+    (damaged / damage).write_bytes(content[: int(kept * len(content))])
+    assert train_main(train_flags("finetune", tmp_path, *run, "--save_total_limit", "1")) == 0
+    shown = capsys.readouterr().out
+    (warning,) = (line for line in shown.splitlines() if line.startswith("warning"))
+    assert str(damaged) in warning and f"going on from {sound}" in warning
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert_same(whole, tmp_path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
