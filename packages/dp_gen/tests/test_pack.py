@@ -13,7 +13,7 @@ from PIL import Image
 
 from dp_gen.pack import main
 from tbps_common.datasets import CUHKPEDES, load_processed_train
-from tbps_common.datasets.convert import convert_to_finetune
+from tbps_common.datasets.finetune import convert_to_finetune
 from tbps_world.cli import synth_main
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tbps_common.ranking import evaluate_rows, retrieve
+from tbps_common.ranking import evaluate_rows, rerank_rows, retrieve, score_rows
 
 
 def shard_rows(scores, fault):
@@ -47,6 +47,11 @@ def answer(case, rank, group):
         if "scores" in case:
             rows = shard_rows(case["scores"][:, own], fault)
             result = evaluate_rows(rows, case["q_pids"], case["g_pids"][own], **options)
+        elif "itm" in case:
+            rows = score_rows(case["query"], case["gallery"][own], group=group)
+            first = evaluate_rows(rows, case["q_pids"], case["g_pids"][own], topk=case["itm"].shape[1], group=group)
+            fused = rerank_rows(rows, case["shards"][rank], first.indices, case["itm"], group=group)
+            result = evaluate_rows(fused, case["q_pids"], case["g_pids"][own], **options)
         else:
             gallery = case["gallery"][own].clone()
             if fault is not None:

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from tbps_common.bench import __main__ as bench
-from tbps_common.bench.catalogue import COMPARED, METHODS
-from tbps_common.bench.compare import compare
-from tbps_common.bench.data import make_features
-from tbps_common.bench.methods import RUN
-from tbps_common.bench.presets import PRESETS, Sizes, chosen_sizes
-from tbps_common.bench.report import render
+from tbps_common.bench.compare import compare, render
+from tbps_common.bench.methods import METHODS, make_features
+from tbps_common.bench.sizes import COMPARED, PRESETS, Sizes, chosen_sizes
+from tbps_common.bench.timer import difference, measure
 
 TINY = {
     "tokens": Sizes(12, 50, 10, 16, (1, 3), "topk_mean"),
@@ -27,18 +25,18 @@ def test_methods_agree(reduce):
     kind = "attributes" if reduce.startswith("attr") else "tokens"
     sizes = Sizes(**{**vars(TINY[kind]), "reduce": reduce})
     features = make_features(sizes, torch.device("cpu"))
-    expected = RUN["ours"](features, sizes, "highest").metrics
+    expected = METHODS["ours"].run(features, sizes, "highest").metrics
     for name in ("naive", "broadcast"):
         if METHODS[name].fits(sizes):
-            found = RUN[name](features, sizes, "highest").metrics
+            found = METHODS[name].run(features, sizes, "highest")
             assert found == pytest.approx({metric: expected[metric] for metric in found}, abs=1e-3), name
-    assert RUN["gemm"](features, sizes, "highest") is None
+    assert METHODS["gemm"].run(features, sizes, "highest") is None
 
 
 def test_single_vectors_agree():
     features = make_features(TINY["dot"], torch.device("cpu"))
-    expected = RUN["ours"](features, TINY["dot"], "highest").metrics
-    found = RUN["naive"](features, TINY["dot"], "highest").metrics
+    expected = METHODS["ours"].run(features, TINY["dot"], "highest").metrics
+    found = METHODS["naive"].run(features, TINY["dot"], "highest")
     assert found == pytest.approx({metric: expected[metric] for metric in found}, abs=1e-3)
 
 
@@ -106,9 +104,30 @@ def answer_without_process(task):
     return {"wall_s": 1.0, "cpu_s": 1.0, "peak_mb": 1.0, "threads": 1, "metrics": {}}
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_every_method_is_in_the_catalogue_and_in_the_code(name):
-    assert callable(RUN[name]) and name in METHODS
+def test_every_name_of_the_command_line_is_a_method():
+    assert {*COMPARED, "gemm", "ours"} == set(METHODS)
+
+
+def test_the_timer_runs_forms_in_turns_and_sees_their_memory():
+    turns = []
+
+    def busy(name, size):
+        turns.append(name)
+        return sum(bytearray(size))
+
+    costs = measure({"small": lambda: busy("small", 1000), "large": lambda: busy("large", 60 << 20)}, repeats=2)
+    assert turns == ["small", "large"] * 3  # one of them to warm up
+    assert costs["large"].seconds > costs["small"].seconds and costs["large"].milliseconds > 1
+    assert costs["large"].seconds == costs["large"].cpu_s <= 1.5 * costs["large"].wall_s
+    if sys.platform == "linux":
+        assert costs["large"].peak_mib > 50 > costs["small"].peak_mib
+
+
+def test_difference_of_tensors_numbers_and_sequences():
+    assert difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])) == 0.5
+    assert difference([1.0, (torch.zeros(2), 3)], [1.25, (torch.ones(2), 3)]) == 1.0
+    with pytest.raises(ValueError, match="zip"):
+        difference([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,7 @@
 """What a command prints and returns when something goes wrong."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,27 @@ def test_a_closed_pipe_is_silent() -> None:
     child.stderr.close()
     assert child.wait() == 1
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "policy"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "1000"}, None)],
+)
+def test_waiting_threads_sleep_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, set_by_user: dict[str, str], policy: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    seen: list[str | None] = []
+    assert command(lambda argv: seen.append(os.environ.get("OMP_WAIT_POLICY")))([]) == 0
+    assert seen == [policy]
+
+
+def test_waiting_threads_are_left_alone_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/nvidiactl")
+    assert command(lambda argv: None)([]) == 0
+    assert "OMP_WAIT_POLICY" not in os.environ

@@ -16,10 +16,9 @@ from tbps_common.cli import data_main
 from tbps_common.datasets import DATASETS, load_processed_eval, load_processed_train
 from tbps_common.datasets.check import check_dataset, count_long_captions
 from tbps_common.datasets.commands import ALL_NAMES, RAW_NAMES
-from tbps_common.datasets.contents import CONTENTS
-from tbps_common.datasets.convert import FINETUNE_IMAGES
+from tbps_common.datasets.finetune import FINETUNE_IMAGES
+from tbps_common.datasets.inventory import INVENTORIES, PUBLISHED, Size
 from tbps_common.datasets.mals import SHARDS as MALS_SHARDS
-from tbps_common.datasets.published import PUBLISHED, Size
 from tbps_common.datasets.sda import SHARDS as SDA_SHARDS
 
 TURN = [{"from": "gpt", "value": "Colour?"}, {"from": "user", "value": "Red."}]
@@ -333,7 +332,7 @@ def test_without_open_clip_tokens_are_not_counted(tmp_path: Path, capsys, monkey
 def test_published_sizes_fit_exactly_or_within_their_rounding() -> None:
     assert Size(34_054).fits(34_054) and not Size(34_054).fits(34_055)
     assert Size(1_150_000, 10_000).fits(1_154_999) and not Size(1_150_000, 10_000).fits(1_156_000)
-    assert PUBLISHED.keys() == CONTENTS.keys() == set(ALL_NAMES)
+    assert PUBLISHED.keys() == INVENTORIES.keys() == set(ALL_NAMES)
     for name in RAW_NAMES:
         subsets = PUBLISHED[name]
         for column in range(2):

@@ -378,7 +378,7 @@ fragments = st.lists(
 @settings(max_examples=400, deadline=None)
 @given(fragments, st.sampled_from(["/", "\\", ""]))
 def test_no_accepted_name_leaves_the_folder(parts: list[str], separator: str) -> None:
-    from tbps_common.datasets.folder import Folder
+    from tbps_common.datasets import Folder
 
     name = separator.join(parts)
     folder = Folder("/data/imgs")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tbps_common.ranking import best_of_rows, evaluate_rows, rank, retrieve
-from tbps_common.ranking.positives import Positives, _count_by_slots, count_ahead, read_scores
+from tbps_common.ranking.metrics import Positives, _count_by_slots, count_ahead, read_scores
 
 DEVICES = [
     "cpu",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tbps_common.ranking import evaluate_rows, retrieve
+from tbps_common.ranking import evaluate_rows, rerank, retrieve, score_rows
 
 PROGRAM = Path(__file__).with_name("ranking_group.py")
 
@@ -53,7 +53,7 @@ def answers(tied, tmp_path_factory):
         for shards in ([101], [50, 51], [7, 1, 93], [30, 0, 41, 30])
         for budget in (1, 7 * 4 * 101, 64 * 4 * 101, None)
     ]
-    two = dict(tied, shards=[60, 41], options=dict(options, row_budget=10 * 8 * 60))
+    two = dict(tied, shards=[60, 41], options=dict(options, row_budget=10 * 4 * 60))
     faults = [
         dict(two, name="memory", fault={"rank": 1, "kind": "memory", "calls": [2, 3]}),
         dict(two, name="nan", fault={"rank": 1, "kind": "nan", "calls": [1]}),
@@ -128,6 +128,35 @@ def test_stored_shards(golden, tmp_path):
             for name in ("ap", "inp"):
                 expected = tensors[f"expected_{name}"]
                 torch.testing.assert_close(answer[name], expected, rtol=0, atol=tolerance["vector_abs"])
+
+
+@pytest.mark.parametrize("kind", ["tokens", "rerank"])
+def test_features_stay_where_they_are(kind, tmp_path):
+    """FAFA's evaluation (means of the best tokens, queries without a match) and MRA's (re-ranking), in shards."""
+    generator = torch.Generator().manual_seed(8)
+    shape = (61, 7, 32) if kind == "tokens" else (61, 32)
+    inputs = {
+        "query": torch.randn(19, 32, generator=generator),
+        "gallery": torch.randn(shape, generator=generator),
+        "q_pids": torch.arange(19) % 6,
+        "g_pids": torch.randint(0, 6, (61,), generator=generator),
+    }
+    inputs["gallery"][40:50] = inputs["gallery"][3]  # equal pictures, in other shards
+    if kind == "tokens":
+        inputs["q_pids"][5] = 99
+        options = {"reduce": "topk_mean", "k": 3, "on_missing": "miss", "topk": 12}
+        alone = retrieve(*(inputs[name] for name in ("query", "gallery", "q_pids", "g_pids")), **options)
+    else:
+        inputs["itm"], options = torch.randn(19, 9, generator=generator), {}
+        rows = score_rows(inputs["query"], inputs["gallery"])
+        first = evaluate_rows(rows, inputs["q_pids"], inputs["g_pids"], topk=9)
+        fused = rerank(rows(0, 19), first.indices, inputs["itm"])
+        alone = evaluate_rows(lambda a, b: fused[a:b], inputs["q_pids"], inputs["g_pids"])
+    cases = [dict(inputs, shards=shards, options=options) for shards in ([61], [30, 31], [58, 0, 3])]
+    found = run_cases(tmp_path, cases, world=3)
+    for number, case in enumerate(cases):
+        for process in found[: len(case["shards"])]:
+            assert_same(process[number], alone)
 
 
 def test_group_needs_torch_distributed(tied):

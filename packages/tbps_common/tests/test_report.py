@@ -15,9 +15,12 @@ from tbps_common.errors import InputError
 from tbps_common.ranking import retrieve
 from tbps_common.report import (
     Hit,
+    Picture,
+    PictureRow,
     RankedQuery,
     cmc_curve,
     evaluation_from_result,
+    picture_grid,
     ranked_list,
     read_evaluation,
     write_evaluation,
@@ -215,6 +218,38 @@ class TestRankedList:
         with pytest.raises(InputError):
             ranked_list(tmp_path / "a.png", [RankedQuery(text="a")], columns=0)
         assert os.listdir(tmp_path) == []
+
+
+class TestPictureGrid:
+    def test_pictures_in_memory_and_in_files_with_coloured_words(self, tmp_path: Path, people: list[Path]) -> None:
+        rows = [
+            PictureRow([Picture(people[0], "original"), None, Picture(Image.new("RGB", (40, 90), (1, 2, 3)))]),
+            PictureRow(
+                [Picture(people[3], ("edited " * 20, "teal"), note="0.5")], [("a man in ", "black"), ("red", "red")]
+            ),
+        ]
+        found = colours(picture_grid(tmp_path / "a.png", rows, title="Edits", cell=(60, 120)))
+        assert found[1, 2, 3] > 58 * 100 and found[0, 0, 40] > 58 * 100
+        assert found[255, 0, 0] > 10 and found[0, 128, 128] > 10
+
+    def test_an_empty_cell_keeps_its_place(self, tmp_path: Path, people: list[Path]) -> None:
+        picture = Picture(people[0])
+        paths = [tmp_path / "a.png", tmp_path / "b.png"]
+        picture_grid(paths[0], [PictureRow([picture, None]), PictureRow([None, picture])])
+        picture_grid(paths[1], [PictureRow([picture, picture]), PictureRow([None, picture])])
+        arrays = [np.asarray(Image.open(path)) for path in paths]
+        assert arrays[0].shape == arrays[1].shape
+        left, right = np.split(arrays[0] != arrays[1], [arrays[0].shape[1] // 2], axis=1)
+        assert not left.any() and right.any()
+
+    def test_a_long_label_does_not_reach_the_next_cell(self, tmp_path: Path, people: list[Path]) -> None:
+        row = PictureRow([Picture(people[0], "x" * 100), None])
+        pixels = np.asarray(Image.open(picture_grid(tmp_path / "a.png", [row], cell=(80, 100))))
+        assert (pixels[:, 18 + 80 :] == 255).all()
+
+    def test_no_row(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="at least one row"):
+            picture_grid(tmp_path / "a.png", [])
 
 
 class TestCurve:

@@ -159,7 +159,7 @@ def _producer(args: argparse.Namespace) -> Any:
 
 def _known_slots(args: argparse.Namespace) -> int | None:
     """References that the model takes, where it says so without being loaded."""
-    from tbps_common.datasets.records import read_json
+    from tbps_common.datasets import read_json
 
     if not args.finetuned_model_path:
         return args.MAX_REFERENCE_ATTRIBUTE_NUM

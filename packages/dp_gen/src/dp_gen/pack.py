@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tbps_common.datasets.folder import Folder
+from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.run.arguments import HelpFormatter
 from tbps_common.run.command import command
@@ -168,7 +168,7 @@ def _write(
     out: Path, base: list[dict[str, Any]], records: list[tuple[dict[str, Any], str]], args: argparse.Namespace
 ) -> None:
     """Everything under another name first, so that a part is never taken for the whole."""
-    from tbps_common.datasets.convert import one_record_per_line
+    from tbps_common.datasets.finetune import one_record_per_line
     from tbps_common.files import write_text
 
     part = out / f".{NAME}.tmp{os.getpid()}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 

@@ -12,8 +12,7 @@ from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist, missing_images, read_image
 
 if TYPE_CHECKING:
-    from tbps_common.datasets import ITCPR
-    from tbps_common.datasets.syncpr import SynCPRRecord
+    from tbps_common.datasets import ITCPR, SynCPRRecord
 
 logger = logging.getLogger("fafa.preflight")
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from typing import IO
 
-import numpy as np
 from PIL import (
     Image,
     ImageFile,
@@ -152,6 +151,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """
     # Pillow reads a PGM of more than 8 bits as integers, scaled to 16 bits whatever its largest value is.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        import numpy as np  # for the rare picture that needs it
+
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         grey.info = image.info
         return grey

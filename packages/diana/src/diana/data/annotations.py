@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from diana.data.text import Chat, round_problem, split_chats
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.records import Record, as_list, iter_records, many_objects
+from tbps_common.datasets.json_records import Folder, Record, as_list, iter_records, many_objects
 from tbps_common.errors import DatasetError, InputError
 
 logger = logging.getLogger("diana.data")

@@ -140,7 +140,7 @@ def read_captions(path: str, split: str) -> list[CaptionedImage]:
         DatasetError: the file or a record cannot be used.
         InputError: the split is empty, or a file path occurs twice.
     """
-    from tbps_common.datasets.records import iter_records
+    from tbps_common.datasets import iter_records
 
     images: dict[str, CaptionedImage] = {}
     for entry in iter_records(path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_gen.data.references import REFERENCE_SUFFIXES, natural_sort
 from dp_gen.data.transforms import attribute_transforms
-from tbps_common.datasets.folder import Folder
+from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import find_damage, read_image
 from tbps_common.pipeline.journal import read_json_lines

@@ -11,7 +11,7 @@ from dp_gen.constants import IMAGE_TOKEN
 from dp_gen.data.references import REFERENCE_SUFFIXES, natural_sort
 from dp_gen.data_layout import FolderLayout
 from dp_gen.generation.references import Reference, rewrite
-from tbps_common.datasets.folder import Folder
+from tbps_common.datasets import Folder
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.pipeline.journal import read_json_lines
 from tbps_common.run.batches import item_seed

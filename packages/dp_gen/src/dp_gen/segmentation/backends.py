@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dp_gen.segmentation.masks import ATR_CLASSES, ATR_COUNT, SMALLEST_SHARE, large_components, tight_box
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import pixel_limit
 

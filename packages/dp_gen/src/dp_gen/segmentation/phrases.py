@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError
 
 Lexicon = dict[str, frozenset[tuple[str, ...]]]

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dp_gen.segmentation.masks import tight_box
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.records import iter_records
+from tbps_common.datasets import Folder, iter_records
 from tbps_common.errors import DatasetError
 from tbps_common.files import atomic_path, write_text
 from tbps_common.images import find_damage, read_image

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from fafa.data.strings import PackedStrings
 from fafa.options import BAD_IMAGES
 from fafa.transforms import Transform
-from tbps_common.datasets import load_syncpr
-from tbps_common.datasets.syncpr import SynCPRRecord
+from tbps_common.datasets import SynCPRRecord, load_syncpr
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
 

@@ -28,7 +28,7 @@ from fafa.syncpr.records import (
     load_quadruples,
     pair_key,
 )
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.pipeline.stages import Dropped, StageOutcome, begin_manifest, finish_manifest, manifest_path, run_stage

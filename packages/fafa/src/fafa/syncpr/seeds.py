@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from tbps_common.datasets.records import read_json
+from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError
 
 MOST_CHANGES = 3

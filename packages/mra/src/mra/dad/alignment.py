@@ -20,7 +20,7 @@ from mra.dad.finetune import LOG_NAME, MANIFEST_NAME, STATE_NAME
 from mra.dad.models import choose_dtype
 from mra.dad.pairs import Pairs
 from mra.dad.work import digest, versions
-from tbps_common.datasets.processed import ProcessedTrain
+from tbps_common.datasets import ProcessedTrain
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import write_json, write_text
 from tbps_common.run.batches import EpochBatches, SeededItems, replaced_items

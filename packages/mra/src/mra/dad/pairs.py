@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tbps_common.datasets.processed import ProcessedTrain
+from tbps_common.datasets import ProcessedTrain
 from tbps_common.images import read_image
 
 

@@ -6,8 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from tbps_common.ranking import RetrievalResult, evaluate_rows
-from tbps_common.ranking.evaluate import Rows
+from tbps_common.ranking import RetrievalResult, Rows, evaluate_rows
 
 logger = logging.getLogger("mra.retrieval")
 

@@ -9,8 +9,7 @@ python -m tbps_common.bench --preset icfg --against naive,torchmetrics,faiss,pml
 import argparse
 import sys
 
-from tbps_common.bench.catalogue import COMPARED
-from tbps_common.bench.presets import PRESETS, REDUCTIONS, chosen_sizes
+from tbps_common.bench.sizes import COMPARED, PRESETS, REDUCTIONS, chosen_sizes
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.run.command import command
@@ -34,15 +33,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--positives", type=_range, metavar="LO,HI", help="gallery images of one identity")
     parser.add_argument("--reduce", choices=REDUCTIONS, help="how tokens or attributes become one score")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to score (default: cpu)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--precision", choices=("highest", "tf32", "bfloat16"), default="highest")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the best of N calls counts (default: 3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="calls of each method, of which the best counts (default: 3)",
+    )
     parser.add_argument(
         "--against",
         type=_names,
         default=("naive",),
         metavar="NAMES",
-        help=f"methods to compare with, separated by commas, out of {', '.join(COMPARED)} (default: naive)",
+        help=f"methods to compare with, separated by commas: {', '.join(COMPARED)} (default: naive)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
     return parser
@@ -76,8 +81,7 @@ def main(argv: list[str]) -> int:
     if arguments.threads < 0:
         raise InputError(f"--threads must be at least 1, got {arguments.threads}.")
 
-    from tbps_common.bench.compare import compare
-    from tbps_common.bench.report import render
+    from tbps_common.bench.compare import compare, render
 
     report = compare(
         arguments.preset,

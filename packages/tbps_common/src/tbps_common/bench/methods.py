@@ -1,46 +1,99 @@
-"""The ways to the metrics that are compared. Each takes features and returns per-query values or metrics.
+"""The features, and the ways to the metrics that are compared.
 
 All but `ours` are written the way they are commonly used, not to be slow: the naive form uses one product, `topk` and one
 `argsort` over everything.
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from tbps_common.bench.catalogue import BROADCAST_IMAGES
-from tbps_common.bench.data import Features
-from tbps_common.bench.presets import Sizes
+from tbps_common.bench.sizes import Sizes
+from tbps_common.ranking import RetrievalResult, retrieve
+from tbps_common.ranking.compute import operand, products
+
+SEED = 20250711
+_CHUNK_ELEMENTS = 1 << 24
+# Tokens of an image that show its person; the others are noise.
+_TELLING_TOKENS = 8
+_DISTANCE = 4.5
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and identities as `retrieve` takes them."""
+
+    query: Tensor
+    gallery: Tensor
+    q_pids: Tensor
+    g_pids: Tensor
+
+
+def make_features(sizes: Sizes, device: torch.device) -> Features:
+    """Unit vectors around one random direction for each identity; each identity has `positives` gallery images.
+
+    The noise is such that the ranking is neither perfect nor chance.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    g_pids = _gallery_ids(sizes, generator)
+    q_pids = g_pids[torch.randint(len(g_pids), (sizes.queries,), generator=generator)]
+    attributes = sizes.reduce.startswith("attr_")
+    per_identity = (sizes.tokens, sizes.dim) if attributes else (sizes.dim,)
+    centres = normalize(torch.randn(int(g_pids.max()) + 1, *per_identity, generator=generator), dim=-1)
+    # Standard deviations of a stranger's inner product by which a positive stands out. Averages over attributes or the
+    # best tokens have a smaller deviation, so less is enough.
+    distance = _DISTANCE if sizes.reduce == "dot" else _DISTANCE / math.sqrt(min(sizes.tokens, _TELLING_TOKENS))
+    noise = math.sqrt(max(0.05, math.sqrt(sizes.dim) / distance - 1))
+    query = _around(centres, q_pids, per_identity, noise, None, generator)
+    shape = per_identity if sizes.reduce == "dot" else (sizes.tokens, sizes.dim)
+    telling = None if attributes or sizes.reduce == "dot" else _TELLING_TOKENS
+    gallery = _around(centres, g_pids, shape, noise, telling, generator)
+    return Features(query.to(device), gallery.to(device), q_pids, g_pids)
+
+
+def _gallery_ids(sizes: Sizes, generator: torch.Generator) -> Tensor:
+    low, high = sizes.positives
+    counts = torch.randint(low, high + 1, (sizes.gallery // low + 1,), generator=generator)
+    ids = torch.repeat_interleave(torch.arange(len(counts)), counts)[: sizes.gallery]
+    return ids[torch.randperm(sizes.gallery, generator=generator)]
+
+
+def _around(
+    centres: Tensor, ids: Tensor, shape: tuple[int, ...], noise: float, telling: int | None, generator: torch.Generator
+) -> Tensor:
+    features = torch.empty(len(ids), *shape)
+    step = max(1, _CHUNK_ELEMENTS // features[0].numel())
+    for start in range(0, len(ids), step):
+        part = features[start : start + step].normal_(generator=generator).mul_(noise / math.sqrt(shape[-1]))
+        own = centres[ids[start : start + step]]
+        if telling is None:
+            part += own
+        else:
+            part[:, :telling] += own.unsqueeze(1)
+        part.div_(part.norm(dim=-1, keepdim=True))
+    return features
+
+
+BROADCAST_IMAGES = 500
+"""Images in one block of the broadcast form, as in the released FAFA code."""
+
 
 TOPK = 10
 TOKENS_AVERAGED = 6
 _PRODUCT_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a method found; `None` where it does not compute something.
-
-    Attributes:
-        metrics: in percent, among `R1 R5 R10 mAP mINP`.
-        ap: `[Q]` fractions, for the average over fewer queries.
-        inp: `[Q]` fractions.
-        first_rank: `[Q]`, 1-based.
-    """
-
-    metrics: dict[str, float]
-    ap: Tensor | None = None
-    inp: Tensor | None = None
-    first_rank: Tensor | None = None
+Metrics = dict[str, float]
+"""In percent, those of `R1 R5 R10 mAP mINP` that a method computes."""
 
 
 def product(features: Features, sizes: Sizes, precision: str) -> None:
     """The bare matrix products into a reused buffer: what no exact method can do without."""
-    from tbps_common.ranking.precision import operand, products
-
     with products(precision, features.query.device):
         query = operand(features.query, torch.float32, precision)
         gallery = features.gallery
@@ -56,8 +109,6 @@ def product(features: Features, sizes: Sizes, precision: str) -> None:
 
 
 def _blocked_product(query: Tensor, gallery: Tensor, precision: str) -> None:
-    from tbps_common.ranking.precision import operand
-
     step = max(64, _PRODUCT_BYTES // (4 * len(query)))
     scratch = query.new_empty(step, len(query))
     for start in range(0, len(gallery), step):
@@ -65,10 +116,8 @@ def _blocked_product(query: Tensor, gallery: Tensor, precision: str) -> None:
         torch.mm(block, query.t(), out=scratch[: len(block)])
 
 
-def ours(features: Features, sizes: Sizes, precision: str) -> Outcome:
-    from tbps_common.ranking import retrieve
-
-    result = retrieve(
+def ours(features: Features, sizes: Sizes, precision: str) -> RetrievalResult:
+    return retrieve(
         features.query,
         features.gallery,
         features.q_pids,
@@ -78,13 +127,10 @@ def ours(features: Features, sizes: Sizes, precision: str) -> Outcome:
         topk=TOPK,
         precision=precision,  # pyright: ignore[reportArgumentType] - the parser allows only known names
     )
-    return Outcome(result.metrics, result.ap, result.inp, result.first_rank)
 
 
-def naive(features: Features, sizes: Sizes, precision: str) -> Outcome:
+def naive(features: Features, sizes: Sizes, precision: str) -> Metrics:
     """Everything at once: all scores of all tokens, `topk` over the tokens, `argsort` over the gallery."""
-    from tbps_common.ranking.precision import operand, products
-
     device = features.query.device
     with products(precision, device):
         query, gallery = (operand(x, torch.float32, precision) for x in (features.query, features.gallery))
@@ -115,7 +161,7 @@ def _reduce_tokens(every: Tensor, sizes: Sizes) -> Tensor:
     return {"max": every.amax, "mean": every.mean, "logsumexp": every.logsumexp}[sizes.reduce](2)
 
 
-def broadcast(features: Features, sizes: Sizes, precision: str) -> Outcome:
+def broadcast(features: Features, sizes: Sizes, precision: str) -> Metrics:
     """The token products as the released FAFA code forms them: a vector by matrix product for every pair."""
     blocks = []
     query = features.query[:, None, None, :]
@@ -125,7 +171,7 @@ def broadcast(features: Features, sizes: Sizes, precision: str) -> Outcome:
     return _by_argsort(torch.cat(blocks, dim=1), features.q_pids, features.g_pids)
 
 
-def _by_argsort(scores: Tensor, q_pids: Tensor, g_pids: Tensor) -> Outcome:
+def _by_argsort(scores: Tensor, q_pids: Tensor, g_pids: Tensor) -> Metrics:
     order = torch.argsort(scores, dim=1, descending=True)
     match = g_pids[order] == q_pids[:, None]
     place = torch.arange(1, match.shape[1] + 1, device=match.device)
@@ -137,10 +183,10 @@ def _by_argsort(scores: Tensor, q_pids: Tensor, g_pids: Tensor) -> Outcome:
     inp = total.double() / last
     metrics = {f"R{k}": 100.0 * (first <= k).double().mean().item() for k in (1, 5, 10)}
     metrics |= {"mAP": 100.0 * ap.mean().item(), "mINP": 100.0 * inp.mean().item()}
-    return Outcome(metrics)
+    return metrics
 
 
-def with_torchmetrics(features: Features, sizes: Sizes, precision: str) -> Outcome:
+def with_torchmetrics(features: Features, sizes: Sizes, precision: str) -> Metrics:
     """All pairs as one long list, grouped by query: the form torchmetrics wants."""
     retrieval = importlib.import_module("torchmetrics.retrieval")
     scores = _all_scores(features.query, features.gallery, sizes)
@@ -151,10 +197,10 @@ def with_torchmetrics(features: Features, sizes: Sizes, precision: str) -> Outco
     metrics = {"mAP": 100.0 * float(retrieval.RetrievalMAP()(scores, target, indexes=groups))}
     for k in (1, 5, 10):
         metrics[f"R{k}"] = 100.0 * float(retrieval.RetrievalHitRate(top_k=k)(scores, target, indexes=groups))
-    return Outcome(metrics)
+    return metrics
 
 
-def with_faiss(features: Features, sizes: Sizes, precision: str) -> Outcome:
+def with_faiss(features: Features, sizes: Sizes, precision: str) -> Metrics:
     """An exact inner-product index; it returns the best positions only, so there is no mAP and no mINP."""
     faiss = importlib.import_module("faiss")
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -162,10 +208,10 @@ def with_faiss(features: Features, sizes: Sizes, precision: str) -> Outcome:
     index.add(features.gallery.numpy())
     _, best = index.search(features.query.numpy(), TOPK)
     match = features.g_pids[torch.from_numpy(best)] == features.q_pids[:, None]
-    return Outcome({f"R{k}": 100.0 * match[:, :k].any(dim=1).double().mean().item() for k in (1, 5, 10)})
+    return {f"R{k}": 100.0 * match[:, :k].any(dim=1).double().mean().item() for k in (1, 5, 10)}
 
 
-def with_pml(features: Features, sizes: Sizes, precision: str) -> Outcome:
+def with_pml(features: Features, sizes: Sizes, precision: str) -> Metrics:
     """pytorch-metric-learning's calculator with every gallery image as a neighbour."""
     distances = importlib.import_module("pytorch_metric_learning.distances")
     accuracy = importlib.import_module("pytorch_metric_learning.utils.accuracy_calculator")
@@ -177,15 +223,51 @@ def with_pml(features: Features, sizes: Sizes, precision: str) -> Outcome:
         knn_func=inference.CustomKNN(distances.DotProductSimilarity(normalize_embeddings=False)),
     )
     found = calculator.get_accuracy(features.query, features.q_pids, features.gallery, features.g_pids)
-    return Outcome({"R1": 100.0 * found["precision_at_1"], "mAP": 100.0 * found["mean_average_precision"]})
+    return {"R1": 100.0 * found["precision_at_1"], "mAP": 100.0 * found["mean_average_precision"]}
 
 
-RUN: dict[str, Callable[[Features, Sizes, str], Outcome | None]] = {
-    "gemm": product,
-    "ours": ours,
-    "naive": naive,
-    "broadcast": broadcast,
-    "torchmetrics": with_torchmetrics,
-    "faiss": with_faiss,
-    "pml": with_pml,
+@dataclass(frozen=True)
+class Method:
+    """One way to the metrics.
+
+    Attributes:
+        run: takes features, sizes and precision.
+        needs: import names of the optional libraries it needs.
+        bytes_per_pair: working memory for one query and one image, for the estimate that scales the queries down.
+        query_limit: most queries worth running; the rest of the cost is proportional.
+        fits: whether it can score this kind of features.
+    """
+
+    run: Callable[[Features, Sizes, str], Metrics | RetrievalResult | None]
+    needs: tuple[str, ...] = ()
+    bytes_per_pair: Callable[[Sizes], int] = lambda sizes: 0
+    query_limit: Callable[[Sizes], float] = lambda sizes: math.inf
+    fits: Callable[[Sizes], bool] = lambda sizes: True
+
+
+def _single(sizes: Sizes) -> bool:
+    return sizes.reduce == "dot"
+
+
+def _naive_bytes(sizes: Sizes) -> int:
+    # Scores, int64 order and the sort's copies, identities in order, matches, their running sum and its products; and
+    # one score for every token before the reduction.
+    return 60 + (4 * sizes.tokens if sizes.tokens > 1 else 0)
+
+
+METHODS: dict[str, Method] = {
+    "gemm": Method(product),
+    "ours": Method(ours),
+    "naive": Method(naive, bytes_per_pair=_naive_bytes),
+    "broadcast": Method(
+        broadcast,
+        query_limit=lambda sizes: max(1, (1 << 32) // (sizes.gallery * sizes.tokens * sizes.dim)),
+        fits=lambda sizes: sizes.tokens > 1 and not sizes.reduce.startswith("attr_"),
+    ),
+    "torchmetrics": Method(
+        with_torchmetrics, needs=("torchmetrics",), bytes_per_pair=lambda sizes: _naive_bytes(sizes) + 20
+    ),
+    "faiss": Method(with_faiss, needs=("faiss",), fits=_single),
+    "pml": Method(with_pml, needs=("pytorch_metric_learning", "faiss"), bytes_per_pair=lambda sizes: 100, fits=_single),
 }
+"""`gemm`, the bare product, and `ours` always run; the others are chosen with `--against`."""

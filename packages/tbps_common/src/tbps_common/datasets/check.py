@@ -3,19 +3,30 @@
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from tbps_common.datasets.contents import Contents, read_contents
-from tbps_common.datasets.published import PUBLISHED, Size
+from tqdm import tqdm
+
+from tbps_common.datasets.inventory import PUBLISHED, Inventory, Size, take_inventory
 from tbps_common.datasets.table import format_table
 from tbps_common.errors import DatasetError
 from tbps_common.images import find_damage, read_image
 
 ImageCheck = Literal["none", "exist", "decode"]
+ImageFaults = dict[str, dict[str, str]]
+"""Kind of fault -> path -> cause."""
+
 CLIP_LENGTH = 77
 EXAMPLES = 10
 BATCH = 100  # images per task: a task per image would cost more than looking whether the image exists
+
+# What makes the data unusable, as the end of a sentence. A truncated image does not: it is read, a part black or grey.
+_PROBLEM = {
+    "missing": "missing",
+    "corrupt": "corrupt",
+    "outside": "links to files outside their image folder; link the folder instead",
+}
 
 
 @dataclass
@@ -35,18 +46,6 @@ class SizeRow:
 
 
 @dataclass
-class ImageFindings:
-    """What the look at the image files found: path -> cause, per kind of fault."""
-
-    mode: ImageCheck
-    checked: int = 0
-    missing: dict[str, str] = field(default_factory=dict)
-    corrupt: dict[str, str] = field(default_factory=dict)
-    truncated: dict[str, str] = field(default_factory=dict)  # readable, a part is black or grey
-    outside: dict[str, str] = field(default_factory=dict)  # a link to a file elsewhere
-
-
-@dataclass
 class Report:
     """Result of `check_dataset`; the data are usable if there is no problem."""
 
@@ -55,7 +54,9 @@ class Report:
     columns: tuple[str, ...]
     rows: list[SizeRow]
     counts: dict[str, int | None]
-    images: ImageFindings
+    image_check: ImageCheck
+    images_checked: int
+    image_faults: ImageFaults
     problems: list[str]
 
     @property
@@ -79,11 +80,11 @@ class Report:
             ],
             "counts": self.counts,
             "images": {
-                "mode": self.images.mode,
-                "checked": self.images.checked,
+                "mode": self.image_check,
+                "checked": self.images_checked,
                 **{
                     kind: {"count": len(found), "first": dict(list(found.items())[:EXAMPLES])}
-                    for kind, found in _faults(self.images).items()
+                    for kind, found in self.image_faults.items()
                 },
             },
             "problems": self.problems,
@@ -106,10 +107,10 @@ class Report:
         ]
         for what, count in self.counts.items():
             lines.append(f"{what}: {'not counted (install open_clip_torch)' if count is None else f'{count:,}'}")
-        if self.images.mode != "none":
-            done = {"exist": "looked for", "decode": "decoded"}[self.images.mode]
-            lines.append(f"images {done}: {self.images.checked:,}")
-        for kind, found in _faults(self.images).items():
+        if self.image_check != "none":
+            done = {"exist": "looked for", "decode": "decoded"}[self.image_check]
+            lines.append(f"images {done}: {self.images_checked:,}")
+        for kind, found in self.image_faults.items():
             if found:
                 lines.append(f"{kind} images: {len(found):,}")
                 lines += [f"  {path}: {cause}" for path, cause in list(found.items())[:EXAMPLES]]
@@ -139,24 +140,25 @@ def check_dataset(
     Raises:
         DatasetError: the annotation files cannot be read at all.
     """
-    contents = read_contents(name, root)
-    published = PUBLISHED[name]
+    inventory = take_inventory(name, root)
     rows = []
-    for subset, found in contents.sizes.items():
-        sizes = published.get(subset, ())
+    for subset, found in inventory.sizes.items():
+        sizes = PUBLISHED[name].get(subset, ())
         rows.append(SizeRow(subset, found, sizes + (None,) * (len(found) - len(sizes))))
-    counts: dict[str, int | None] = dict(contents.counts)
-    counts["empty captions"] = sum(not caption.strip() for caption in contents.captions)
-    counts["duplicate captions"] = len(contents.captions) - len(set(contents.captions))
-    counts[f"captions longer than {CLIP_LENGTH} CLIP tokens"] = count_long_captions(
-        contents.captions, progress=progress
-    )
-    findings = _look_at_images(contents, images, workers, progress)
-    problems = list(contents.problems)
-    for kind, found in _faults(findings).items():
-        if found and kind != "truncated":
-            problems.append(f"{len(found)} of {findings.checked} images are {_PROBLEM[kind]}.")
-    return Report(name, os.fspath(root), contents.columns, rows, counts, findings, problems)
+    captions = inventory.captions
+    counts: dict[str, int | None] = {
+        **inventory.counts,
+        "empty captions": sum(not caption.strip() for caption in captions),
+        "duplicate captions": len(captions) - len(set(captions)),
+        f"captions longer than {CLIP_LENGTH} CLIP tokens": count_long_captions(captions, progress=progress),
+    }
+    faults = _look_at_images(inventory, images, workers, progress)
+    checked = 0 if images == "none" else len(inventory.images)
+    problems = list(inventory.problems)
+    for kind, words in _PROBLEM.items():
+        if faults[kind]:
+            problems.append(f"{len(faults[kind])} of {checked} images are {words}.")
+    return Report(name, os.fspath(root), inventory.columns, rows, counts, images, checked, faults, problems)
 
 
 def count_long_captions(captions: Iterable[str], limit: int = CLIP_LENGTH, progress: bool = False) -> int | None:
@@ -173,22 +175,11 @@ def count_long_captions(captions: Iterable[str], limit: int = CLIP_LENGTH, progr
     return sum(len(tokenizer.encode(caption)) > limit - 2 for caption in _bar(unsettled, "counting tokens", progress))
 
 
-_PROBLEM = {
-    "missing": "missing",
-    "corrupt": "corrupt",
-    "outside": "links to files outside their image folder; link the folder instead",
-}
-
-
-def _faults(images: ImageFindings) -> dict[str, dict[str, str]]:
-    return {kind: getattr(images, kind) for kind in ("missing", "corrupt", "truncated", "outside")}
-
-
-def _look_at_images(contents: Contents, mode: ImageCheck, workers: int | None, progress: bool) -> ImageFindings:
-    findings = ImageFindings(mode)
+def _look_at_images(inventory: Inventory, mode: ImageCheck, workers: int | None, progress: bool) -> ImageFaults:
+    faults: ImageFaults = {"missing": {}, "corrupt": {}, "truncated": {}, "outside": {}}
     if mode == "none":
-        return findings
-    real_folder = {folder: os.path.realpath(folder) for folder in set(contents.images.values())}
+        return faults
+    real_folder = {folder: os.path.realpath(folder) for folder in set(inventory.images.values())}
 
     def examine(batch: list[str]) -> list[tuple[str, str, str | None]]:
         found: list[tuple[str, str, str | None]] = []
@@ -196,32 +187,31 @@ def _look_at_images(contents: Contents, mode: ImageCheck, workers: int | None, p
             if not os.path.isfile(path):
                 cause = "it is not a file" if os.path.exists(path) else "the file does not exist"
                 found.append((path, "missing", cause))
-            elif os.path.islink(path) and not _inside(os.path.realpath(path), real_folder[contents.images[path]]):
+            elif os.path.islink(path) and not _inside(os.path.realpath(path), real_folder[inventory.images[path]]):
                 found.append((path, "outside", f"links to {os.path.realpath(path)}"))
             elif mode == "decode":
                 found.append((path, "corrupt", find_damage(path)))
         return found
 
-    paths = list(contents.images)
+    paths = list(inventory.images)
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
         results = pool.map(examine, batches)
-        for batch, found in zip(batches, _bar(results, f"images (by {BATCH})", progress, len(batches))):
-            findings.checked += len(batch)
+        for found in _bar(results, f"images (by {BATCH})", progress, len(batches)):
             for path, kind, cause in found:
                 if cause is not None:
-                    getattr(findings, kind)[path] = cause
+                    faults[kind][path] = cause
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C is not to wait for a million images
     # After the threads have ended: tolerating truncation is a process-wide switch.
-    for path in list(findings.corrupt):
+    for path in list(faults["corrupt"]):
         try:
             read_image(path)
         except DatasetError:
             continue
-        findings.truncated[path] = findings.corrupt.pop(path)
-    return findings
+        faults["truncated"][path] = faults["corrupt"].pop(path)
+    return faults
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -229,6 +219,4 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _bar(items: Iterable[Any], title: str, progress: bool, total: int | None = None) -> Iterable[Any]:
-    from tqdm import tqdm
-
     return tqdm(items, desc=title, total=total, disable=None if progress else True, leave=False)

@@ -20,16 +20,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Parser of `tbps-data`."""
     parser = argparse.ArgumentParser(
         prog="tbps-data",
-        description="Look at a data set before a long run, or convert raw annotations.",
+        description="Check a data set before a long run, or convert raw annotations.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{check,convert}")
 
     check = commands.add_parser(
         "check",
-        help="sizes beside the published ones, missing and corrupt images, shared ids, long captions",
-        description="Exit status: 0 the data are usable, 1 they are not, 2 the annotations cannot be read. "
-        "A size that differs from the published one does not make data unusable.",
+        help="compare sizes with the published ones; find missing and corrupt images, shared ids, long captions",
+        description="Exit status: 0 if the data are usable, 1 if they are not, 2 if the annotations cannot be read. "
+        "A size that differs from the published one does not make the data unusable.",
         allow_abbrev=False,
     )
     check.add_argument("--dataset", required=True, choices=ALL_NAMES)
@@ -38,26 +38,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         choices=("none", "exist", "decode"),
         default="exist",
-        help="do not look at image files, see that each exists, or decode each (default: exist)",
+        help="ignore the image files, check that each exists, or decode each (default: exist)",
     )
     check.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads that look at images (default: processors)"
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="threads that check images (default: one per processor, at most 8)",
     )
-    check.add_argument("--json", metavar="FILE", help="write the report there as well")
+    check.add_argument("--json", metavar="FILE", help="also write the report to FILE")
 
     convert = commands.add_parser(
         "convert",
         help="make the processed fine-tuning files from a raw annotation tree",
-        description="Writes {cuhk,icfg,rstp}_{train,val,test}.json as the MRA package reads them.",
+        description="Writes {cuhk,icfg,rstp}_{train,val,test}.json in the form that the MRA package reads.",
         allow_abbrev=False,
     )
     convert.add_argument("--dataset", required=True, choices=RAW_NAMES)
     convert.add_argument("--root_dir", required=True, metavar="DIR", help="folder that holds the data set's folder")
     convert.add_argument("--to", required=True, choices=("finetune",))
-    convert.add_argument("--out", required=True, metavar="DIR", help="folder of the files, for example data/finetune")
-    convert.add_argument(
-        "--link_images", metavar="DIR", help="also link the image folder below DIR, for example images"
-    )
+    convert.add_argument("--out", required=True, metavar="DIR", help="folder to write to, for example data/finetune")
+    convert.add_argument("--link_images", metavar="DIR", help="also link the image folder into DIR, for example images")
     return parser
 
 
@@ -90,7 +91,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from tbps_common.datasets.convert import convert_to_finetune, link_images
+    from tbps_common.datasets.finetune import convert_to_finetune, link_images
 
     for path in convert_to_finetune(arguments.dataset, arguments.root_dir, arguments.out):
         print(path)

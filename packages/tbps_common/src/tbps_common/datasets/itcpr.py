@@ -3,9 +3,7 @@
 import os
 from typing import Any
 
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.processed import warn_of_empty
-from tbps_common.datasets.records import iter_records, many_objects
+from tbps_common.datasets.json_records import Folder, iter_records, many_objects, warn_of_empty
 from tbps_common.datasets.table import log_table
 from tbps_common.errors import DatasetError
 

@@ -3,9 +3,15 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.processed import warn_of_empty
-from tbps_common.datasets.records import Files, Identity, as_list, iter_records, many_objects
+from tbps_common.datasets.json_records import (
+    Files,
+    Folder,
+    Identity,
+    as_list,
+    iter_records,
+    many_objects,
+    warn_of_empty,
+)
 
 # The 91 shards in the order DiaNA's configuration lists them.
 SHARDS = (

@@ -4,8 +4,7 @@ import logging
 import os
 from typing import Any, ClassVar
 
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.records import Record, iter_records, many_objects
+from tbps_common.datasets.json_records import Folder, Record, iter_records, many_objects
 from tbps_common.datasets.table import log_table
 from tbps_common.errors import DatasetError
 

@@ -4,9 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.folder import Folder
-from tbps_common.datasets.processed import warn_of_empty
-from tbps_common.datasets.records import iter_records, many_objects
+from tbps_common.datasets.json_records import Folder, iter_records, many_objects, warn_of_empty
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,16 @@ processes hold the marker 1000, and the matrices are added up. Rows of process r
 smallest logit of that process, which owns floor(Q / W) + 1 consecutive queries. `legacy_world_size=W` reproduces that.
 """
 
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tbps_common.ranking.inputs import check_count, check_matrix, check_scores
 from tbps_common.ranking.memory import default_row_budget, rows_within
-
-Rows = Callable[[int, int], Tensor]
+from tbps_common.ranking.scores import Rows
+from tbps_common.ranking.sharded import Shards
 
 _LEGACY_MARKER = 1000.0
 
@@ -54,13 +54,19 @@ def rerank(
         ValueError: shapes that do not fit, positions outside the gallery or repeated, NaN or infinity.
     """
     check_matrix(sims)
-    check_scores(sims, 0)
-    low, high = torch.aminmax(sims.detach())
-    fusion = _Fusion(sims.shape[1], topk_index, itm, itm_flip, weight, legacy_world_size)
-    if len(sims) != fusion.num_queries:
-        raise ValueError(f"sims has {len(sims)} rows but topk_index has {fusion.num_queries}.")
-    fusion.scale_first_stage(low.item(), high.item())
-    return fusion.fuse(sims.detach(), 0)
+    if isinstance(topk_index, Tensor) and topk_index.dim() == 2 and len(topk_index) != len(sims):
+        raise ValueError(f"sims has {len(sims)} rows but topk_index has {len(topk_index)}.")
+    fused = rerank_rows(
+        lambda start, stop: sims[start:stop],
+        sims.shape[1],
+        topk_index,
+        itm,
+        itm_flip=itm_flip,
+        weight=weight,
+        legacy_world_size=legacy_world_size,
+        row_budget=sims.numel() * sims.element_size(),
+    )
+    return fused(0, len(sims))
 
 
 def rerank_rows(
@@ -73,6 +79,7 @@ def rerank_rows(
     weight: float = 0.002,
     legacy_world_size: int = 1,
     row_budget: int | None = None,
+    group: Any = None,
 ) -> Rows:
     """The same as a callable for `evaluate_rows`, for galleries whose score matrix is too large to hold.
 
@@ -87,6 +94,8 @@ def rerank_rows(
         weight: as for `rerank`.
         legacy_world_size: as for `rerank`.
         row_budget: bytes for one block of rows of the first pass; by default as in `evaluate_rows`.
+        group: a `torch.distributed` group whose processes each hold a shard of the gallery: `rows` and `num_gallery` are
+            those of the own shard, candidates and logits are all, as positions in the shards joined in rank order.
 
     Returns:
         `fused(start, stop) -> [stop - start, G]`.
@@ -95,14 +104,46 @@ def rerank_rows(
         TypeError: as `rerank`.
         ValueError: as `rerank`, or rows of a wrong shape.
     """
-    fusion = _Fusion(num_gallery, topk_index, itm, itm_flip, weight, legacy_world_size)
+    shards = Shards(group)
+    with shards.together():
+        check_count(num_gallery, "num_gallery", 1 if group is None else 0)
+        world = check_count(legacy_world_size, "legacy_world_size", 1)
+    sizes = [int(size[0]) for size in shards.gather(np.array([num_gallery]))]
+    with shards.together():
+        candidates = _check_candidates(topk_index, sum(sizes))
+        logits = [_check_logits(itm, "itm", candidates)]
+        if itm_flip is not None:
+            logits.append(_check_logits(itm_flip, "itm_flip", candidates))
+        matching, fill = (torch.stack(both).mean(dim=0) for both in zip(*(_normalised(z, world) for z in logits)))
+        lowest, highest = _range(rows, len(candidates), num_gallery, row_budget)
+    low, high = (float(value) for value in shards.highest(np.array([-lowest, highest])) * (-1, 1))
+    scale = float(weight) * world / (high - low) if high > low else 0.0
+    candidates = candidates - sum(sizes[: shards.index])  # those of other shards lie outside the own columns
+
+    def fused(start: int, stop: int) -> Tensor:
+        block = rows(start, stop).detach()
+        scores = block.to(torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True)
+        scores.sub_(low).mul_(scale)
+        columns, own_matching, own_fill = (part[start:stop].to(scores.device) for part in (candidates, matching, fill))
+        row, slot = ((columns >= 0) & (columns < num_gallery)).nonzero(as_tuple=True)
+        column = columns[row, slot]
+        judged = scores[row, column] + own_matching.to(scores.dtype)[row, slot]
+        scores += own_fill.to(scores.dtype)
+        scores[row, column] = judged
+        return scores
+
+    return fused
+
+
+def _range(rows: Rows, num_queries: int, num_gallery: int, row_budget: int | None) -> tuple[float, float]:
+    """The smallest and the largest first-stage score of this process."""
+    low, high = float("inf"), float("-inf")
     if row_budget is None:
         row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
-    itemsize = getattr(rows, "dtype", torch.float64).itemsize
+    itemsize = getattr(rows, "dtype", torch.float32).itemsize
     size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
-    low, high = float("inf"), float("-inf")
-    for start in range(0, fusion.num_queries, size):
-        stop = min(start + size, fusion.num_queries)
+    for start in range(0, num_queries, size) if num_gallery else ():
+        stop = min(start + size, num_queries)
         block = rows(start, stop)
         if tuple(block.shape) != (stop - start, num_gallery):
             raise ValueError(
@@ -112,64 +153,20 @@ def rerank_rows(
         lowest, highest = torch.aminmax(block.detach())
         low, high = min(low, lowest.item()), max(high, highest.item())
         del block
-    fusion.scale_first_stage(low, high)
-
-    def fused(start: int, stop: int) -> Tensor:
-        return fusion.fuse(rows(start, stop).detach(), start)
-
-    return fused
+    return low, high
 
 
-class _Fusion:
-    """Normalised matching scores of the candidates and the fill of every other column, row by row."""
-
-    def __init__(
-        self,
-        num_gallery: int,
-        topk_index: Any,
-        itm: Any,
-        itm_flip: Any,
-        weight: float,
-        legacy_world_size: int,
-    ) -> None:
-        check_count(num_gallery, "num_gallery", 1)
-        world = check_count(legacy_world_size, "legacy_world_size", 1)
-        self.candidates = _check_candidates(topk_index, num_gallery)
-        self.num_queries = len(self.candidates)
-        given = [("itm", itm)] + ([] if itm_flip is None else [("itm_flip", itm_flip)])
-        parts = []
-        for name, logits in given:
-            if not isinstance(logits, Tensor) or not logits.is_floating_point():
-                raise TypeError(
-                    f"{name} must be a floating-point tensor, got {getattr(logits, 'dtype', type(logits))}."
-                )
-            if logits.shape != self.candidates.shape:
-                raise ValueError(
-                    f"{name} must have the shape of topk_index, {list(self.candidates.shape)}, got {list(logits.shape)}."
-                )
-            logits = logits.detach().to(self.candidates.device, torch.float64)
-            if not bool(torch.isfinite(logits).all()):
-                raise ValueError(f"{name} holds NaN or infinity.")
-            parts.append(_normalised(logits, num_gallery, world))
-        self.matching, self.fill = (torch.stack(values).mean(dim=0) for values in zip(*parts))
-        self._weight = float(weight) * world
-        self._low, self._scale = 0.0, 0.0
-
-    def scale_first_stage(self, low: float, high: float) -> None:
-        """Set the range of S over the whole matrix."""
-        self._low, self._scale = low, self._weight / (high - low) if high > low else 0.0
-
-    def fuse(self, sims: Tensor, start: int) -> Tensor:
-        """Fused scores of consecutive rows of S, the first of them query `start`; a new tensor."""
-        scores = sims.to(torch.float64 if sims.dtype == torch.float64 else torch.float32, copy=True)
-        scores.sub_(self._low).mul_(self._scale)
-        part = slice(start, start + len(scores))
-        candidates, matching, fill = (
-            values[part].to(scores.device) for values in (self.candidates, self.matching, self.fill)
+def _check_logits(logits: Any, name: str, candidates: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(logits, 'dtype', type(logits))}.")
+    if logits.shape != candidates.shape:
+        raise ValueError(
+            f"{name} must have the shape of topk_index, {list(candidates.shape)}, got {list(logits.shape)}."
         )
-        first_stage = scores.gather(1, candidates)
-        scores += fill.to(scores.dtype)
-        return scores.scatter_(1, candidates, first_stage + matching.to(scores.dtype))
+    logits = logits.detach().to(candidates.device, torch.float64)
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(f"{name} holds NaN or infinity.")
+    return logits
 
 
 def _check_candidates(topk_index: Any, num_gallery: int) -> Tensor:
@@ -189,7 +186,7 @@ def _check_candidates(topk_index: Any, num_gallery: int) -> Tensor:
     return candidates
 
 
-def _normalised(logits: Tensor, num_gallery: int, world: int) -> tuple[Tensor, Tensor]:
+def _normalised(logits: Tensor, world: int) -> tuple[Tensor, Tensor]:
     """Normalised logits `[Q, k]` and normalised row fill `[Q, 1]`.
 
     The fill is the smallest logit of its row, so the range over the whole matrix is the range of the logits.

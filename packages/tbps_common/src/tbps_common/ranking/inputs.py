@@ -1,4 +1,4 @@
-"""Checks of ids, features and scores. Everything wrong is told before heavy work, by the name of the argument."""
+"""Checks of ids, features and scores. Bad input is refused before any heavy work, with the name of the argument."""
 
 from typing import Any
 
@@ -92,7 +92,7 @@ def check_features(query: Any, gallery: Any, reduce: str, k: int, *, empty_galle
 
 
 def check_matrix(similarity: Any) -> None:
-    """Refuse a score matrix that is no floating `[Q, G]` tensor with at least one entry."""
+    """Refuse a score matrix unless it is a floating-point `[Q, G]` tensor with at least one entry."""
     _check_floating(similarity, "similarity")
     if similarity.dim() != 2:
         raise ValueError(f"similarity must be [queries, gallery], got shape {list(similarity.shape)}.")

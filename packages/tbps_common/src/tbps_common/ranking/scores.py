@@ -1,20 +1,26 @@
 """Scores of queries against a gallery, row block by row block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbps_common.ranking.gallery_blocks import gallery_blocks
+from tbps_common.ranking.compute import Precision, compute_dtype, operand, products
 from tbps_common.ranking.inputs import check_features
-from tbps_common.ranking.precision import Precision, compute_dtype, operand, products
-from tbps_common.ranking.reductions import reduction
+from tbps_common.ranking.reductions import EVEN_IMAGES, EVEN_QUERIES, reduction
+from tbps_common.ranking.sharded import Shards
 
 Rows = Callable[[int, int], Tensor]
+"""`rows(start, stop) -> [stop - start, G]`: the scores of a range of queries."""
 
 
 class ScoreRows:
     """Callable `rows(start, stop) -> [stop - start, G]` made by `score_rows`.
+
+    Products are made of whole multiples of 16 queries and 48 images, the last of them filled up with repeated rows. The
+    kernels that take care of the rest of other sizes round differently: equal pictures would get unequal scores, and the
+    scores of a query would depend on how many are asked for at once.
 
     Attributes:
         device: where the scores lie.
@@ -35,31 +41,34 @@ class ScoreRows:
             features.device == device and features.dtype == self.dtype and features.stride(-1) == 1
             for features in (query, gallery)
         )
-        self._reduction = reduction(reduce, k, query, gallery, self.dtype, as_is)
+        self._reduction = reduction(reduce, k, query, gallery, self.dtype, device, as_is)
 
     def __call__(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.num_queries:
             raise IndexError(f"Queries {start} to {stop} are not within 0 to {self.num_queries}.")
         scores = torch.empty((stop - start, self.num_gallery), dtype=self.dtype, device=self.device)
-        tiles = [
-            slice(first, min(first + self._reduction.queries, stop))
-            for first in range(start, stop, self._reduction.queries)
-        ]
+        tiles = _tiles(start, stop, self._reduction.queries, EVEN_QUERIES)
         with products(self._precision, self.device):
-            # One tile of queries is arranged once; several are arranged anew for every gallery block, because keeping
+            # Few tiles of queries are arranged once; many are arranged anew for every gallery block, because keeping
             # them all would be a second copy of the query features.
-            only = self._query_operand(tiles[0]) if len(tiles) == 1 else None
-            for left, right, block in gallery_blocks(self._gallery, self._reduction.images, self.device):
-                gallery = self._reduction.gallery_operand(operand(block, self.dtype, self._precision))
-                for tile in tiles:
-                    query = self._query_operand(tile) if only is None else only
-                    rows = slice(tile.start - start, tile.stop - start)
-                    self._reduction.score(query, gallery, scores[rows, left:right])
+            kept = [self._query_operand(*tile) for tile in tiles] if len(tiles) <= 2 else None
+            for left, right, block in _gallery_blocks(self._gallery, self._reduction.images, self.device):
+                images = operand(_filled_up(block, EVEN_IMAGES), self.dtype, self._precision)
+                images = self._reduction.gallery_operand(images)
+                for number, (first, last) in enumerate(tiles):
+                    queries = kept[number] if kept else self._query_operand(first, last)
+                    part = scores[first - start : last - start, left:right]
+                    if part.shape == (len(queries), len(images)):
+                        self._reduction.score(queries, images, part)
+                    else:
+                        filled_up = part.new_empty(len(queries), len(images))
+                        self._reduction.score(queries, images, filled_up)
+                        part.copy_(filled_up[: last - first, : right - left])
         return scores
 
-    def _query_operand(self, tile: slice) -> Tensor:
-        query = self._query[tile].to(self.device)
-        return self._reduction.query_operand(operand(query, self.dtype, self._precision))
+    def _query_operand(self, first: int, last: int) -> Tensor:
+        queries = _filled_up(self._query[first:last].to(self.device), EVEN_QUERIES)
+        return self._reduction.query_operand(operand(queries, self.dtype, self._precision))
 
 
 def score_rows(
@@ -70,6 +79,7 @@ def score_rows(
     k: int = 6,
     device: torch.device | str | None = None,
     precision: Precision = "highest",
+    group: Any = None,
 ) -> ScoreRows:
     """Check the features once and return a callable that scores a range of queries against the whole gallery.
 
@@ -82,35 +92,85 @@ def score_rows(
         k: tokens averaged by `topk_mean`; all of them when `k` is at least T.
         device: where to score; by default where the gallery is.
         precision: `highest` (true float32 products), `tf32`, or `bfloat16` (operands rounded, float32 sums).
+        group: a `torch.distributed` group whose processes each hold a shard of the gallery, which may then be empty;
+            bad features of one of them are an error of all.
 
     Returns:
-        `rows(start, stop) -> Tensor[stop - start, G]`.
+        `rows(start, stop) -> Tensor[stop - start, G]`, with the columns of this process's shard.
 
     Raises:
         TypeError: features that are not floating-point tensors.
         ValueError: an unknown `reduce` or `precision`, `k` < 1, shapes that do not fit, empty sets, NaN or infinity.
     """
-    check_features(query_feats, gallery_feats, reduce, k)
-    return unchecked_rows(query_feats, gallery_feats, reduce=reduce, k=k, device=device, precision=precision)
-
-
-def unchecked_rows(
-    query_feats: Tensor,
-    gallery_feats: Tensor,
-    *,
-    reduce: str,
-    k: int,
-    device: torch.device | str | None,
-    precision: Precision,
-) -> ScoreRows:
-    """`score_rows` for features that have been checked (or an empty shard of a gallery)."""
-    place = gallery_feats.device if device is None else torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return ScoreRows(query_feats, gallery_feats, reduce, k, place, precision)
+    with Shards(group).together():
+        check_features(query_feats, gallery_feats, reduce, k, empty_gallery=group is not None)
+        place = gallery_feats.device if device is None else torch.device(device)
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device())
+        return ScoreRows(query_feats, gallery_feats, reduce, k, place, precision)
 
 
 def similarity(query_feats: Tensor, gallery_feats: Tensor, *, reduce: str = "dot", k: int = 6) -> Tensor:
     """The whole score matrix `[Q, G]`, where the gallery is; see `score_rows` for the arguments and errors."""
     rows = score_rows(query_feats, gallery_feats, reduce=reduce, k=k)
     return rows(0, rows.num_queries)
+
+
+def _tiles(start: int, stop: int, size: int, even: int) -> list[tuple[int, int]]:
+    """Bounds of tiles of `size` (a multiple of `even`), the last multiple of `even`, and what is left."""
+    rest = stop - (stop - start) % even
+    bounds = [*range(start, rest, size), rest, stop]
+    return [(first, last) for first, last in zip(bounds, bounds[1:]) if first < last]
+
+
+def _filled_up(features: Tensor, even: int) -> Tensor:
+    """The rows, some repeated, so that their number is a multiple of `even`."""
+    missing = -len(features) % even
+    if missing == 0:
+        return features
+    return features[torch.arange(len(features) + missing, device=features.device) % len(features)]
+
+
+def _gallery_blocks(gallery: Tensor, size: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield `(start, stop, block)` over the first dimension, each block on `device`.
+
+    A block is valid until the next one is asked for. From host memory (also a memory map) to CUDA the blocks pass
+    through two page-locked buffers on a copy stream of their own, the next one while this one is scored; on the
+    gallery's own device they are views.
+    """
+    bounds = _tiles(0, len(gallery), size, EVEN_IMAGES)
+    if device.type == "cuda" and gallery.device.type == "cpu" and bounds:
+        yield from _through_pinned_buffers(gallery, bounds, device)
+        return
+    for start, stop in bounds:
+        yield start, stop, gallery[start:stop].to(device)
+
+
+def _through_pinned_buffers(
+    gallery: Tensor, bounds: list[tuple[int, int]], device: torch.device
+) -> Iterator[tuple[int, int, Tensor]]:
+    shape = (max(stop - start for start, stop in bounds), *gallery.shape[1:])
+    compute, copy = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    pinned = [torch.empty(shape, dtype=gallery.dtype, pin_memory=True) for _ in range(2)]
+    resident = [torch.empty(shape, dtype=gallery.dtype, device=device) for _ in range(2)]
+    copied, used = [torch.cuda.Event() for _ in range(2)], [torch.cuda.Event() for _ in range(2)]
+    copy.wait_stream(compute)  # the memory of `resident` may still be read by work queued before
+
+    def send(number: int) -> None:
+        slot, (start, stop) = number % 2, bounds[number]
+        copied[slot].synchronize()  # the previous transfer out of this page-locked buffer
+        pinned[slot][: stop - start].copy_(gallery[start:stop])
+        copy.wait_event(used[slot])
+        with torch.cuda.stream(copy):
+            resident[slot][: stop - start].copy_(pinned[slot][: stop - start], non_blocking=True)
+            copied[slot].record(copy)
+
+    send(0)
+    for number, (start, stop) in enumerate(bounds):
+        slot = number % 2
+        compute.wait_event(copied[slot])
+        yield start, stop, resident[slot][: stop - start]
+        used[slot].record(compute)
+        if number + 1 < len(bounds):
+            send(number + 1)
+    copy.synchronize()

@@ -44,19 +44,6 @@ class SelectionNetwork:
         """Rows of scratch: the padded tokens, and one spare row for each group."""
         return (self.width + 1) * self.groups
 
-    @property
-    def operations(self) -> int:
-        """Element-wise minima and maxima for one pair, additions not counted."""
-
-        def cost(comparators: tuple[Comparator, ...]) -> int:
-            return sum(2 if keep == "both" else 1 for *_, keep in comparators)
-
-        total, groups = self.groups * cost(self.sort), self.groups // 2
-        while groups:
-            total += groups * (self.k + (cost(self.merge) if groups > 1 else 0))
-            groups //= 2
-        return total
-
     def sum_of_largest(self, scratch: Any, maximum: Elementwise, minimum: Elementwise) -> Any:
         """Add the k largest of the first `tokens` rows of `scratch`, column by column.
 

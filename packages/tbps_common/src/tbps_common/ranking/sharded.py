@@ -1,134 +1,106 @@
 """One gallery spread over several processes: every process scores its own shard, all return the same result.
 
-The gallery order is the shards in rank order. Each step that can fail on one process alone ends in `settle`, so that a
-failure is raised by every process instead of leaving the others in a collective call.
+The gallery order is the shards in rank order. Each step that can fail on one process alone stands inside `together`, so
+that a failure is raised by every process instead of leaving the others in a collective call.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tbps_common.errors import InputError
 from tbps_common.ranking.memory import is_out_of_memory
 
 
-class Gallery(Protocol):
-    """How the processes that share a gallery talk; with one process every method returns what it is given."""
+class Shards:
+    """The processes that share a gallery. Without a group it is this one alone, and all values come back as they are.
 
-    index: int
-    size: int
+    Attributes:
+        index: of this process's shard.
+        count: number of shards.
+    """
 
-    def settle(self, error: Exception | None) -> None: ...
+    def __init__(self, group: Any = None) -> None:
+        """Join the other processes of a `torch.distributed` group.
 
-    def highest(self, values: np.ndarray) -> np.ndarray: ...
-
-    def total(self, values: np.ndarray) -> np.ndarray: ...
-
-    def shards(self, values: np.ndarray) -> list[np.ndarray]: ...
-
-    def same(self, values: dict[str, Any]) -> None: ...
-
-
-class WholeGallery:
-    """One process holds everything."""
-
-    index, size = 0, 1
-
-    def settle(self, error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-    def highest(self, values: np.ndarray) -> np.ndarray:
-        return values
-
-    def total(self, values: np.ndarray) -> np.ndarray:
-        return values
-
-    def shards(self, values: np.ndarray) -> list[np.ndarray]:
-        return [values]
-
-    def same(self, values: dict[str, Any]) -> None:
-        return
-
-
-class ShardedGallery:
-    """The processes of a `torch.distributed` group, each with its shard."""
-
-    def __init__(self, group: Any) -> None:
-        import torch.distributed as dist
-
+        Raises:
+            ValueError: torch.distributed is not initialised, or this process is not in the group.
+        """
+        self.index, self.count, self._group = 0, 1, group
+        if group is None:
+            return
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("group needs torch.distributed to be initialised (torchrun does it).")
-        self._dist, self._group = dist, group
-        self.index = dist.get_rank(group)
+        self.index, self.count = dist.get_rank(group), dist.get_world_size(group)
         if self.index < 0:
             raise ValueError("This process is not a member of group.")
-        self.size = dist.get_world_size(group)
         nccl = "nccl" in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
-    def settle(self, error: Exception | None) -> None:
-        """Go on if no process failed; else raise here too: the own error, or one that tells of another's."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A step that must not fail alone: an error inside is raised by every process, as its own or as another's."""
+        try:
+            yield
+        except Exception as error:
+            self._settle(error)
+            raise
+        self._settle(None)
+
+    def _settle(self, error: Exception | None) -> None:
         own = 0 if error is None else 1 if is_out_of_memory(error) else 2
-        worst = int(self._reduce(np.array([own]), self._dist.ReduceOp.MAX)[0])
-        if own == 2 and error is not None:
-            raise error
+        worst = int(self.highest(np.array([own]))[0])
+        if own == 2 or worst == 0:
+            return
         if worst == 2:
-            raise RuntimeError("Another process of the group failed while ranking; its message tells why.") from error
-        if worst == 1:
-            raise error if error is not None else torch.OutOfMemoryError("Another process ran out of memory.")
+            raise RuntimeError(
+                "Another process of the group failed while ranking; see its message for the cause."
+            ) from error
+        if error is None:
+            raise torch.OutOfMemoryError("Another process ran out of memory.")
 
     def highest(self, values: np.ndarray) -> np.ndarray:
-        return self._reduce(values, self._dist.ReduceOp.MAX)
+        """The element-wise maximum over all processes."""
+        return self._reduce(values, "MAX")
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        return self._reduce(values, self._dist.ReduceOp.SUM)
+        """The element-wise sum over all processes."""
+        return self._reduce(values, "SUM")
 
-    def shards(self, values: np.ndarray) -> list[np.ndarray]:
+    def gather(self, values: np.ndarray) -> list[np.ndarray]:
         """The arrays of all processes in rank order; they may differ in their first dimension."""
-        lengths = self._gather(torch.tensor([len(values)], device=self._device))
-        longest = max(int(length) for length in lengths)
-        padded = np.zeros((longest, *values.shape[1:]), values.dtype)
+        if self._group is None:
+            return [values]
+        lengths = [int(length) for length in self._gather(torch.tensor([len(values)], device=self._device))]
+        padded = np.zeros((max(lengths), *values.shape[1:]), values.dtype)
         padded[: len(values)] = values
         gathered = self._gather(torch.from_numpy(padded).to(self._device))
-        return [part[: int(length)].cpu().numpy() for part, length in zip(gathered, lengths)]
+        return [part[:length].cpu().numpy() for part, length in zip(gathered, lengths)]
 
-    def same(self, values: dict[str, Any]) -> None:
+    def require_same(self, values: dict[str, Any]) -> None:
         """Refuse settings that are not equal on all processes: they would rank different things, or wait for ever."""
-        everyone: list[Any] = [None] * self.size
-        self._dist.all_gather_object(everyone, values, group=self._group)
+        if self._group is None:
+            return
+        everyone: list[Any] = [None] * self.count
+        dist.all_gather_object(everyone, values, group=self._group)
         for name in values:
             if any(other[name] != everyone[0][name] for other in everyone):
                 raise InputError(f"{name} must be the same on every process of the group.")
 
-    def _reduce(self, values: np.ndarray, operation: Any) -> np.ndarray:
+    def _reduce(self, values: np.ndarray, operation: str) -> np.ndarray:
+        if self._group is None or values.size == 0:
+            return values
         tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self._device, copy=True)
-        if tensor.numel():
-            self._dist.all_reduce(tensor, op=operation, group=self._group)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation), group=self._group)
         return tensor.cpu().numpy()
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
         if tensor.numel():
-            self._dist.all_gather(parts, tensor.contiguous(), group=self._group)
+            dist.all_gather(parts, tensor.contiguous(), group=self._group)
         return parts
-
-
-def open_gallery(group: Any) -> Gallery:
-    """The gallery of this process alone, or its part in `group`."""
-    return WholeGallery() if group is None else ShardedGallery(group)
-
-
-@contextmanager
-def settling(gallery: Gallery) -> Iterator[None]:
-    """A step of one process that must not fail alone: an error inside is raised by every process of the gallery."""
-    try:
-        yield
-    except Exception as error:
-        gallery.settle(error)
-        raise
-    gallery.settle(None)

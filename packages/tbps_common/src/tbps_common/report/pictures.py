@@ -1,20 +1,22 @@
-"""Pictures of results: ranked lists (what a query found, right or wrong) and CMC curves, as PNG files."""
+"""Pictures of results as PNG files: grids of pictures with text, ranked lists (what a query found), CMC curves."""
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import atomic_path
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+from tbps_common.images import read_image
 
 ImagePath = str | os.PathLike[str]
-Colour = tuple[int, int, int]
+Colour = str | tuple[int, int, int]
+Words = tuple[str, Colour]
+"""A piece of text and its colour, as Pillow names it."""
 
 _GREEN: Colour = (34, 139, 80)
 _RED: Colour = (200, 62, 62)
@@ -23,16 +25,39 @@ _INK: Colour = (32, 36, 42)
 _FAINT: Colour = (110, 116, 124)
 _RULE: Colour = (224, 227, 231)
 _MAT: Colour = (240, 241, 243)
-_WHITE: Colour = (255, 255, 255)
 
-_CELL = (112, 224)  # pedestrian crops are about twice to three times as high as wide
 _FRAME = 5
 _GAP = 10
 _MARGIN = 18
-_CAPTION = 24
+_LABEL = 24
 _TEXT_WIDTH = 250
 _BODY, _SMALL, _TITLE = 15, 13, 19
-_TITLE_HEIGHT = 28
+_LONGEST_TEXT = 4000  # characters that are looked at
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One cell of a grid.
+
+    Attributes:
+        image: a file, or a picture in memory.
+        label: words below it on the left, bold where they have a colour.
+        note: words below it on the right.
+        frame: colour of a broad frame.
+    """
+
+    image: ImagePath | Image.Image
+    label: str | Words = ""
+    note: str = ""
+    frame: Colour | None = None
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One row of a grid: pictures (`None` leaves a cell empty), and text on their left, in colours if wanted."""
+
+    pictures: Sequence[Picture | None]
+    text: str | Sequence[Words] = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +108,7 @@ def ranked_list(
     """Draw one row per query: its text and image, then its hits with rank and score.
 
     The frame of a hit is green if it is correct, red if it is not, grey if that is unknown; a tick or cross beside the
-    rank says the same without colour. An image that cannot be read leaves an empty cell saying so, because the results
-    of a long evaluation are worth more than one picture.
+    rank says the same without colour.
 
     Args:
         path: PNG file to write, whole or not at all.
@@ -98,125 +122,166 @@ def ranked_list(
     Raises:
         InputError: there is no query, or `columns` is not positive.
     """
-    from PIL import Image, ImageDraw
-
     if not queries:
         raise InputError("A ranked list needs at least one query; choose how many to draw.")
     if columns < 1:
         raise InputError(f"A ranked list needs at least one column, not {columns}.")
-    shown = min(columns, max(1, max(len(query.hits) for query in queries)))
-    has_text = any(query.text for query in queries)
-    given = [role for role in ("image", "truth") if any(getattr(query, role) is not None for query in queries)]
+    given = [
+        (role, label)
+        for role, label in (("image", "query"), ("truth", "target"))
+        if any(getattr(query, role) is not None for query in queries)
+    ]
+    rows = []
+    for query in queries:
+        own = [(getattr(query, role), label) for role, label in given]
+        pictures = [None if image is None else Picture(image, label) for image, label in own]
+        rows.append(PictureRow([*pictures, *map(_hit, query.hits[:columns], range(1, columns + 1))], query.text or ""))
+    return picture_grid(path, rows, title=title)
 
-    left = _MARGIN + (_TEXT_WIDTH + 2 * _GAP if has_text else 0)
-    hits_left = left + len(given) * (_CELL[0] + _GAP) + (2 * _GAP if given else 0)
-    width = hits_left + shown * (_CELL[0] + _GAP) - _GAP + _MARGIN
-    title_lines = _wrap(title, width - 2 * _MARGIN, 3, _font(_TITLE, bold=True)) if title else []
-    header = _MARGIN + len(title_lines) * _TITLE_HEIGHT + (_GAP if title_lines else 0)
-    row_height = _CELL[1] + _CAPTION + 2 * _GAP
-    sheet = Image.new("RGB", (width, header + row_height * len(queries) - _GAP + _MARGIN // 2), _WHITE)
+
+def _hit(hit: Hit, rank: int) -> Picture:
+    correct = None if hit.correct is None else bool(hit.correct)  # a comparison of tensors gives a tensor
+    colour, mark = {
+        True: (_GREEN, " \N{CHECK MARK}"),
+        False: (_RED, " \N{BALLOT X}"),
+        None: (_GREY, ""),
+    }[correct]
+    score = f"{hit.score:.3f}" if abs(hit.score) < 100 else f"{hit.score:.4g}"
+    return Picture(hit.image, (f"{rank}{mark}", colour if mark else _INK), score, colour)
+
+
+def picture_grid(
+    path: str | os.PathLike[str],
+    rows: Sequence[PictureRow],
+    *,
+    title: str | None = None,
+    cell: tuple[int, int] = (112, 224),
+) -> Path:
+    """Draw rows of labelled pictures with text.
+
+    Pictures are fitted into their cells, never cropped or stretched. One that cannot be read leaves an empty cell saying
+    so, because the results of long work are worth more than one picture.
+
+    Args:
+        path: PNG file to write, whole or not at all.
+        rows: from top to bottom.
+        title: line above the rows.
+        cell: width and height of a picture in pixels (pedestrians are two to three times as high as wide).
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: there is no row.
+        OSError: the file cannot be written.
+    """
+    if not rows:
+        raise InputError("A grid of pictures needs at least one row.")
+    columns = max(1, max(len(row.pictures) for row in rows))
+    labels = any(picture and (picture.label or picture.note) for row in rows for picture in row.pictures)
+    left = _MARGIN + (_TEXT_WIDTH + 2 * _GAP if any(row.text for row in rows) else 0)
+    width = left + columns * (cell[0] + _GAP) - _GAP + _MARGIN
+    title_lines = _wrap(title or "", width - 2 * _MARGIN, 3, _font(_TITLE, bold=True))
+    title_height = round(_TITLE * 1.5)
+    header = _MARGIN + len(title_lines) * title_height + (_GAP if title_lines else 0)
+    height = cell[1] + (_LABEL if labels else 0)
+    sheet = Image.new("RGB", (width, header + (height + 2 * _GAP) * len(rows) - _GAP + _MARGIN // 2), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(title_lines):
-        draw.text((_MARGIN, _MARGIN + number * _TITLE_HEIGHT), line, _INK, _font(_TITLE, bold=True))
-    for number, query in enumerate(queries):
-        top = header + number * row_height
+    _draw_lines(draw, title_lines, (_MARGIN, _MARGIN), title_height, _font(_TITLE, bold=True))
+    for number, row in enumerate(rows):
+        top = header + number * (height + 2 * _GAP)
         if number:
             draw.line((_MARGIN, top - _GAP, width - _MARGIN, top - _GAP), _RULE)
-        if query.text:
-            _draw_text(draw, query.text, (_MARGIN, top))
-        for column, role in enumerate(given):
-            picture = getattr(query, role)
+        line_height = round(_BODY * 1.4)
+        lines = _wrap(row.text, _TEXT_WIDTH, height // line_height, _font(_BODY))
+        _draw_lines(draw, lines, (_MARGIN, top), line_height, _font(_BODY))
+        for column, picture in enumerate(row.pictures):
             if picture is not None:
-                corner = (left + column * (_CELL[0] + _GAP), top)
-                _paste(sheet, draw, picture, corner, None)
-                _centred(draw, {"image": "query", "truth": "target"}[role], corner, _FAINT)
-        for place, hit in enumerate(query.hits[:shown]):
-            _draw_hit(sheet, draw, hit, place + 1, (hits_left + place * (_CELL[0] + _GAP), top))
+                _draw_picture(sheet, draw, picture, (left + column * (cell[0] + _GAP), top), cell)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
     return Path(path)
 
 
-def _draw_hit(sheet: "Image.Image", draw: "ImageDraw.ImageDraw", hit: Hit, rank: int, corner: tuple[int, int]) -> None:
-    correct = None if hit.correct is None else bool(hit.correct)  # a comparison of tensors gives a tensor
-    colour = {True: _GREEN, False: _RED, None: _GREY}[correct]
-    _paste(sheet, draw, hit.image, corner, colour)
-    baseline = corner[1] + _CELL[1] + 5
-    mark = {True: " \N{CHECK MARK}", False: " \N{BALLOT X}", None: ""}[correct]
-    draw.text((corner[0] + 1, baseline), f"{rank}{mark}", colour if mark else _INK, _font(_SMALL, bold=True))
-    draw.text((corner[0] + _CELL[0] - 1, baseline), _number(hit.score), _FAINT, _font(_SMALL), anchor="ra")
-
-
-def _number(score: float) -> str:
-    return f"{score:.3f}" if abs(score) < 100 else f"{score:.4g}"
-
-
-def _paste(
-    sheet: "Image.Image",
-    draw: "ImageDraw.ImageDraw",
-    picture: ImagePath,
-    corner: tuple[int, int],
-    frame: Colour | None,
+def _draw_picture(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Picture, corner: tuple[int, int], cell: tuple[int, int]
 ) -> None:
-    """Fit a picture into a cell (never cropped, never stretched) and frame it."""
-    from PIL import Image, ImageOps
-
-    from tbps_common.images import read_image
-
-    box = (corner[0], corner[1], corner[0] + _CELL[0] - 1, corner[1] + _CELL[1] - 1)
-    draw.rectangle(box, _MAT, frame or _RULE, _FRAME if frame else 1)
-    border = _FRAME if frame else 1
-    room = (_CELL[0] - 2 * border, _CELL[1] - 2 * border)
+    left, top = corner
+    border = _FRAME if picture.frame else 1
+    draw.rectangle((left, top, left + cell[0] - 1, top + cell[1] - 1), _MAT, picture.frame or _RULE, border)
     try:
-        fitted = ImageOps.contain(read_image(picture), room, Image.Resampling.LANCZOS)
+        image = picture.image if isinstance(picture.image, Image.Image) else read_image(picture.image)
+        room = (cell[0] - 2 * border, cell[1] - 2 * border)
+        fitted = ImageOps.contain(image, room, Image.Resampling.LANCZOS)
+        sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))
     except DatasetError:
-        _centred(draw, "cannot be read", (corner[0], corner[1] - _CELL[1] // 2), _FAINT)
-        return
-    sheet.paste(fitted, (corner[0] + (_CELL[0] - fitted.width) // 2, corner[1] + (_CELL[1] - fitted.height) // 2))
+        draw.text((left + cell[0] // 2, top + cell[1] // 2), "cannot be read", _FAINT, _font(_SMALL), anchor="mm")
+    label = (picture.label, _FAINT) if isinstance(picture.label, str) else picture.label
+    font = _font(_SMALL, bold=not isinstance(picture.label, str))
+    room_for_label = cell[0] - 2 - _font(_SMALL).getlength(f" {picture.note}")
+    _draw_lines(draw, _wrap([label], room_for_label, 1, font), (left + 1, top + cell[1] + 5), 0, font)
+    draw.text((left + cell[0] - 1, top + cell[1] + 5), picture.note, _FAINT, _font(_SMALL), anchor="ra")
 
 
-def _centred(draw: "ImageDraw.ImageDraw", text: str, corner: tuple[int, int], colour: Colour) -> None:
-    draw.text((corner[0] + _CELL[0] // 2, corner[1] + _CELL[1] + 5), text, colour, _font(_SMALL), anchor="ma")
-
-
-def _draw_text(draw: "ImageDraw.ImageDraw", text: str, corner: tuple[int, int]) -> None:
-    font = _font(_BODY)
-    line_height = round(_BODY * 1.4)
-    lines = _wrap(text, _TEXT_WIDTH, (_CELL[1] + _CAPTION) // line_height, font)
+def _draw_lines(
+    draw: ImageDraw.ImageDraw,
+    lines: Sequence[Sequence[Words]],
+    corner: tuple[int, int],
+    height: int,
+    font: ImageFont.FreeTypeFont,
+) -> None:
     for number, line in enumerate(lines):
-        draw.text((corner[0], corner[1] + number * line_height), line, _INK, font)
+        left = float(corner[0])
+        for text, colour in line:
+            draw.text((left, corner[1] + number * height), text, colour, font)
+            left += font.getlength(text)
 
 
-def _wrap(text: str, width: float, max_lines: int, font: "ImageFont.FreeTypeFont") -> list[str]:
-    """Break text at spaces, or inside a word that is wider than a line; the last line ends with an ellipsis if cut."""
-    printable = "".join(character if character.isprintable() else " " for character in text[:4000])
-    lines = [""]
-    for word in printable.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for character in word:
-            if lines[-1] and font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-        if len(lines) > max_lines:
-            break
-    if len(lines) > max_lines:
-        lines = lines[:max_lines]
-        while lines[-1] and font.getlength(lines[-1] + "\N{HORIZONTAL ELLIPSIS}") > width:
-            lines[-1] = lines[-1][:-1].rstrip()
-        lines[-1] += "\N{HORIZONTAL ELLIPSIS}"
+def _wrap(text: str | Sequence[Words], width: float, most: int, font: ImageFont.FreeTypeFont) -> list[list[Words]]:
+    """At most `most` lines, broken at spaces or inside a word that is wider than a line; a cut ends in an ellipsis."""
+    lines: list[list[Words]] = []
+    filled = width
+    for piece, colour in _pieces([(text, _INK)] if isinstance(text, str) else text, width, font):
+        length = font.getlength(piece)
+        if filled + length > width or not lines:
+            if piece == " ":
+                continue
+            if len(lines) == most:
+                _end_in_ellipsis(lines[-1], width, font)
+                break
+            lines.append([])
+            filled = 0.0
+        lines[-1].append((piece, colour))
+        filled += length
     return lines
 
 
+def _pieces(text: Sequence[Words], width: float, font: ImageFont.FreeTypeFont) -> Iterator[Words]:
+    """Words and single spaces; a word that is wider than a line comes in parts."""
+    for words, colour in text:
+        printable = "".join(character if character.isprintable() else " " for character in words[:_LONGEST_TEXT])
+        for word in re.findall(r"\s+|\S+", printable):
+            part = ""
+            for character in word if word.strip() else " ":
+                if part and font.getlength(part + character) > width:
+                    yield part, colour
+                    part = ""
+                part += character
+            yield part, colour
+
+
+def _end_in_ellipsis(line: list[Words], width: float, font: ImageFont.FreeTypeFont) -> None:
+    mark = "\N{HORIZONTAL ELLIPSIS}"
+    text, colour = line.pop()
+    before = sum(font.getlength(piece) for piece, _ in line)
+    while text and before + font.getlength(text + mark) > width:
+        text = text[:-1].rstrip()
+    line.append((text + mark, colour))
+
+
 @cache
-def _font(size: int, bold: bool = False) -> "ImageFont.FreeTypeFont":
-    # matplotlib brings DejaVu along, so that pictures look the same on every machine.
-    from matplotlib import get_data_path
-    from PIL import ImageFont
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    from matplotlib import get_data_path  # brings DejaVu along, so that pictures look the same on every machine
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", name), size)

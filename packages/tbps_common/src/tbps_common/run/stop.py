@@ -106,7 +106,6 @@ class FiniteLoss:
     def __init__(self, device: "torch.device", sentence: Callable[[int], str] | None = None):
         import torch
 
-        self._torch = torch
         self._first = torch.zeros((), dtype=torch.int64, device=device)
         self._sentence = sentence
 
@@ -116,8 +115,8 @@ class FiniteLoss:
         Raises:
             FloatingPointError: on a CPU, where looking costs nothing: the loss is not finite.
         """
-        bad = ~self._torch.isfinite(loss) & (self._first == 0)
-        self._first = self._torch.where(bad, step, self._first)
+        bad = loss.isfinite().logical_not() & (self._first == 0)
+        self._first = self._first.masked_fill(bad, step)
         if self._sentence is not None and self._first.device.type == "cpu":
             self.require()
 

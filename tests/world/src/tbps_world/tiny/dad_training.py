@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from mra.dad.models import quiet
 from mra.dad.options import CAPTION_PROMPT
 from mra.dad.pairs import Pairs
-from tbps_common.datasets.processed import ProcessedTrain
+from tbps_common.datasets import ProcessedTrain
 from tbps_common.images import read_image
 from tbps_common.run.batches import EpochBatches, SeededItems
 from tbps_common.run.randomness import seed_everything

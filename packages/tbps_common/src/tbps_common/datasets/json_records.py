@@ -1,8 +1,13 @@
-"""Annotation files: strict JSON lists of objects, read record by record, each key checked where it is used."""
+"""Annotation files: strict JSON lists of objects, read record by record, each key checked where it is used.
+
+A stored file name is joined to a `Folder` that it must not leave.
+"""
 
 import gc
 import json
+import logging
 import os
+import posixpath
 import re
 import stat
 import sys
@@ -10,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from tbps_common.datasets.folder import Folder
 from tbps_common.errors import DatasetError
+
+logger = logging.getLogger("tbps_common.datasets")
 
 Files = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 Identity = int | str
@@ -19,6 +25,8 @@ Identity = int | str
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "a boolean"}
 _INT64 = range(-(2**63), 2**63)
 _ABSENT = object()
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DRIVE = re.compile("[A-Za-z]:")
 _skip_space: Callable[[str, int], Any] = re.compile(r"[ \t\n\r]*").match
 
 
@@ -117,6 +125,56 @@ def many_objects() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def warn_of_empty(file: str | os.PathLike[str], captions: list[str]) -> None:
+    """Log how many captions of a file hold no text."""
+    empty = sum(not caption.strip() for caption in captions)
+    if empty:
+        logger.warning("%s: %d empty captions", os.fspath(file), empty)
+
+
+class Folder:
+    """Joins stored names to a folder, by rules that look at the name only: no file system call per image.
+
+    Back-slashes count as separators, so that a list made on Windows works everywhere and cannot smuggle in a climb.
+    """
+
+    __slots__ = ("path", "_prefix")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._prefix = os.path.join(self.path, "")
+
+    def __str__(self) -> str:
+        return self.path or "the working folder"
+
+    def problem(self, name: str) -> str | None:
+        """Why `name` is refused; `None` if it stays inside the folder."""
+        if name.isascii() and name[:1].isalnum() and ".." not in name and "\\" not in name and ":" not in name[:2]:
+            if "\0" not in name and name[-1] != "/":
+                return None  # the common case, decided without splitting the name
+        if "\0" in name:
+            return "holds a NUL character"
+        if _SURROGATE.search(name):
+            return "holds half of a surrogate pair"
+        plain = name.replace("\\", "/")
+        if plain.startswith("/") or _DRIVE.match(plain):
+            return "is an absolute path"
+        normal = posixpath.normpath(plain)
+        if normal == "." or plain.endswith("/"):
+            return "names a folder, not a file"
+        if normal == ".." or normal.startswith("../"):
+            return "climbs out of the folder"
+        return None
+
+    def join(self, name: str) -> str:
+        """`folder/name`; a name that goes up and down inside the folder is normalised. Ask `problem` first."""
+        if "\\" in name:
+            name = name.replace("\\", "/")
+        if ".." in name:
+            name = posixpath.normpath(name)
+        return self._prefix + name
 
 
 class Record:

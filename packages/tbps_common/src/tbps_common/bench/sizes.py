@@ -1,4 +1,4 @@
-"""Sizes of the benchmark's data sets."""
+"""Sizes of the benchmark's data sets, and the names of what is compared; light, for the command line."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -40,9 +40,14 @@ PRESETS = {
     "small": Sizes(256, 2048, 32, 64, (1, 5), "topk_mean"),
 }
 
-_TOKEN_FORMS = ("topk_mean", "max", "mean", "logsumexp")
-_ATTRIBUTE_FORMS = ("attr_avg", "attr_max", "attr_min", "attr_lsp_max", "attr_lsp_min")
-REDUCTIONS = ("dot", *_TOKEN_FORMS, *_ATTRIBUTE_FORMS)
+REDUCTIONS = (
+    "dot",
+    *("topk_mean", "max", "mean", "logsumexp"),
+    *("attr_avg", "attr_max", "attr_min", "attr_lsp_max", "attr_lsp_min"),
+)
+
+COMPARED = ("naive", "broadcast", "torchmetrics", "faiss", "pml")
+"""Names for `--against`; the bare product (`gemm`) and this package (`ours`) always run."""
 
 
 def chosen_sizes(preset: str, changes: Mapping[str, Any]) -> Sizes:

@@ -1,0 +1,10 @@
+from .fusion import rerank as rerank
+from .fusion import rerank_rows as rerank_rows
+from .retrieval import RetrievalResult as RetrievalResult
+from .retrieval import evaluate_rows as evaluate_rows
+from .retrieval import rank as rank
+from .retrieval import retrieve as retrieve
+from .scores import Rows as Rows
+from .scores import score_rows as score_rows
+from .scores import similarity as similarity
+from .topk import best_of_rows as best_of_rows

@@ -1,0 +1,12 @@
+from .evaluation import evaluation_from_result as evaluation_from_result
+from .evaluation import read_evaluation as read_evaluation
+from .evaluation import write_evaluation as write_evaluation
+from .pictures import Hit as Hit
+from .pictures import Picture as Picture
+from .pictures import PictureRow as PictureRow
+from .pictures import RankedQuery as RankedQuery
+from .pictures import cmc_curve as cmc_curve
+from .pictures import example_queries as example_queries
+from .pictures import picture_grid as picture_grid
+from .pictures import ranked_list as ranked_list
+from .pictures import spread as spread
