@@ -150,10 +150,10 @@ def test_a_question_without_answer_is_accepted(meta: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"id": 1, "file_path": "p0.png", "chats": [[RED[1]]]}, "record 0 .*'chats' .*round 0 .*start with gpt"),
-        ({"id": 1, "file_path": "p0.png", "chats": [[RED, [{"from": "me", "value": ""}]]]}, "round 1 .*'me'"),
+        ({"id": 1, "file_path": "p0.png", "chats": [[RED[1]]]}, "record 0 .*'chats' .*turn 0 .*start with gpt"),
+        ({"id": 1, "file_path": "p0.png", "chats": [[RED, [{"from": "me", "value": ""}]]]}, "turn 1 .*'me'"),
         ({"id": 1, "file_path": "p0.png", "chats": {"a": 1}}, "'chats'"),
-        ({"id": 1, "file_path": "p0.png", "chats": [[RED], "x"]}, "'chats' cannot be used"),
+        ({"id": 1, "file_path": "p0.png", "chats": [[RED], "x"]}, "'chats' must hold a list of turns or of dialogues"),
         ({"id": 1, "file_path": "p0.png"}, "'chats' is missing"),
         ({"id": 1, "file_path": "../p0.png", "chats": [RED]}, "climbs out of the folder"),
         ({"id": None, "file_path": "p0.png", "chats": [RED]}, "'id'"),

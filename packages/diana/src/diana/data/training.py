@@ -177,12 +177,12 @@ def build_training_dataset(
 
 def _dialogue_samples(files: list[str], image_root: str, turn_limit: int) -> tuple[list[str], list[int], list[Chat]]:
     paths, labels, chats = [], [], []
-    for record in read_dialogues(files, image_root):
-        if not record.chats or not all(record.chats):
-            raise DatasetError(f"{record.where}: the key 'chats' holds no dialogue to train on; remove the record.")
-        for chat in record.chats:
-            paths.append(record.image_path)
-            labels.append(record.label)
+    for image, label in read_dialogues(files, image_root):
+        if not image.dialogues or not all(image.dialogues):
+            raise DatasetError(f"{image.where}: the key 'chats' holds no dialogue to train on; remove the record.")
+        for chat in image.dialogues:
+            paths.append(image.image_path)
+            labels.append(label)
             chats.append(chat[:turn_limit] if turn_limit > 0 else chat)
     return paths, labels, chats
 
