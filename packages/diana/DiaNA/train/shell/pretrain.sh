@@ -30,7 +30,7 @@ VISION_PRETRAINED=${VISION_PRETRAINED:-'<Swin Transformer Root>/swinv2-base-patc
 LLAMA_PRETRAINED=${LLAMA_PRETRAINED:-'<Llama-3.2 Root>/Llama-3.2-1B'}
 CONFIG_DIR=${CONFIG_DIR:-'configs'}
 
-exec "${PYTHON:-python}" -m diana.training.launch \
+exec "${PYTHON:-python}" -m diana.launch \
   --nnodes="${NNODES}" \
   --node_rank="${NODE_RANK}" \
   --master_addr="${MASTER_ADDR}" \

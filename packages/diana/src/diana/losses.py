@@ -1,8 +1,16 @@
-"""Contrastive loss and similarity-distribution matching against soft targets of equal identity."""
+"""Contrastive loss and similarity-distribution matching against soft targets of equal identity.
+
+Similarities are `[B, N]`: B rows of this process against the N = B * R candidates of all R processes (`gather_rows`), in
+rank order, and already multiplied by the inverse temperature.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tbps_common.run.distributed import gather_rows
+
+__all__ = ["build_targets", "compute_itc", "compute_sdm", "gather_rows"]
 
 SDM_EPSILON = 1e-6
 

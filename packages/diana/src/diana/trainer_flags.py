@@ -1,6 +1,6 @@
 """Flags of `transformers.TrainingArguments`: what the authors' version called them, and what today's does.
 
-The module imports transformers only in `read_trainer_flags`.
+transformers is imported in `read_trainer_flags` alone, because flags and paths are checked before it is loaded.
 """
 
 import os
@@ -32,9 +32,34 @@ DROPPED = frozenset(
 )
 # Translated by hand below.
 TRANSLATED = frozenset(("warmup_ratio", "logging_dir", "group_by_length", "adafactor"))
+_EVALUATION = "training does not evaluate; DiaNA/eval/shell/eval.sh does"
+_OWN_LOSSES = "the losses are DiaNA's own"
+_OWN_BATCHES = "the batches are DiaNA's own"
+# Flags that cannot act here -> why. A value other than the default is refused.
+CANNOT_ACT = {
+    "label_smoothing_factor": _OWN_LOSSES,
+    "label_names": _OWN_LOSSES,
+    "neftune_noise_alpha": "it is for language models alone; --mask_probability disturbs the texts",
+    "use_liger_kernel": "its kernels are for language models alone",
+    "liger_kernel_config": "its kernels are for language models alone",
+    "use_cache": "training keeps no cache",
+    "accelerator_config": _OWN_BATCHES,
+    "auto_find_batch_size": f"{_OWN_BATCHES}; give a smaller --per_device_train_batch_size",
+    "train_sampling_strategy": f"{_OWN_BATCHES}; --length_grouping True joins texts of similar length",
+    "length_column_name": f"{_OWN_BATCHES}; --length_grouping True joins texts of similar length",
+    "enable_jit_checkpoint": "SIGTERM saves the state in any case",
+    "push_to_hub": "upload the finished folder with the command hf upload",
+    **dict.fromkeys(
+        "eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object "
+        "eval_accumulation_steps per_device_eval_batch_size prediction_loss_only batch_eval_metrics include_for_metrics "
+        "bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better do_eval "
+        "do_predict".split(),
+        _EVALUATION,
+    ),
+}
 _FALSE = ("false", "0", "no", "f", "n")
 # Names met in scripts. Any other word is given to transformers before anything else is looked at, so that a typing
-# error is told as such; the list need not be complete.
+# error is reported as such; the list need not be complete.
 _COMMON = frozenset(
     "output_dir dataloader_num_workers bf16 fp16 tf32 num_train_epochs max_steps per_device_train_batch_size "
     "per_device_eval_batch_size gradient_accumulation_steps eval_strategy save_strategy save_steps save_total_limit "
@@ -52,7 +77,7 @@ def is_common(word: str) -> bool:
 
 
 def has_unknown(words: Sequence[str]) -> bool:
-    """Whether some flag is not a common one: probably a typing error, which is then told before anything else."""
+    """Whether some flag is not a common one: probably a typing error, which is then reported before anything else."""
     return any(word.startswith("--") and not is_common(word) for word in words)
 
 
@@ -114,6 +139,12 @@ def modernise(words: Sequence[str]) -> list[str]:
     return result
 
 
+def unusable_flag(error: Exception) -> InputError:
+    """What transformers says about flags that contradict each other or the machine, as a user's mistake."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"a flag of the trainer cannot be used: {first}")
+
+
 def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments":
     """Read the flags of the trainer, by today's names or earlier ones.
 
@@ -122,7 +153,7 @@ def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments
         cpu: compute on the CPU.
 
     Raises:
-        InputError: a flag is unknown, a value cannot be used, or values contradict each other.
+        InputError: a flag is unknown or cannot act here, a value cannot be used, or values contradict each other.
         SystemExit: status 2 after argparse's message on a value of the wrong type.
     """
     from transformers import HfArgumentParser, TrainingArguments
@@ -136,10 +167,13 @@ def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments
             words, look_for_args_file=False, return_remaining_strings=True
         )
     except (ValueError, TypeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"a flag of the trainer cannot be used: {first}") from error
+        raise unusable_flag(error) from error
     if unknown:
-        raise InputError(f"unknown on the command line: {' '.join(unknown)} (train.py --help lists the flags)")
+        raise InputError(f"unknown flags: {' '.join(unknown)} (train.py --help lists the known ones)")
+    defaults = TrainingArguments(output_dir="unused", use_cpu=cpu)
+    for name, why in CANNOT_ACT.items():
+        if getattr(arguments, name, None) != getattr(defaults, name, None):
+            raise InputError(f"--{name} cannot act here ({why}): leave it out")
     if not arguments.output_dir:
         raise InputError("--output_dir is missing: name the folder for checkpoints")
     return arguments

@@ -10,7 +10,7 @@
 
 set -euo pipefail
 
-# The released choice; who names a number of GPUS means those that the machine has.
+# The released choice; a number of GPUS set from outside refers to all the GPUs of the machine.
 [ -n "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}
 GPUS=${GPUS:-4}
 BATCH_SIZE=${BATCH_SIZE:-32}
@@ -30,7 +30,7 @@ VISION_PRETRAINED=${VISION_PRETRAINED:-'<Swin Transformer Root>/swinv2-base-patc
 LLAMA_PRETRAINED=${LLAMA_PRETRAINED:-'<Llama-3.2 Root>/Llama-3.2-1B'}
 CONFIG_DIR=${CONFIG_DIR:-'configs'}
 
-exec "${PYTHON:-python}" -m diana.training.launch \
+exec "${PYTHON:-python}" -m diana.launch \
   --nnodes="${NNODES}" \
   --node_rank="${NODE_RANK}" \
   --master_addr="${MASTER_ADDR}" \
