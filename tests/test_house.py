@@ -15,7 +15,7 @@ NOT_YET = {
     "diana": {"no circles", "one training loop"},
     "dp_gen": {"no circles", "one training loop"},
     "fafa": {"no circles", "one training loop"},
-    "mra": {"no circles", "one training loop"},
+    "mra": {"no circles"},
 }
 
 ROOT = Path(__file__).resolve().parents[1]

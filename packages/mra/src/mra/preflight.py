@@ -1,17 +1,18 @@
-"""Checks that need no model, made before torch is imported: a wrong path is told within a second, not after minutes."""
+"""Checks that need no model, made before torch is imported: a wrong path is reported within a second, not after minutes."""
 
 import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-from mra.config import check_config, check_task, checkpoint_needed, evaluation_files, with_overrides
-from mra.model.settings import TextSettings, VisionSettings
+from mra.config import EvaluationSettings, TrainingSettings, check_config, check_task, evaluation_files, with_overrides
+from mra.text.vocabulary import read_vocabulary
+from mra.text.wordnet import require_wordnet, synonyms_of
 from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist
 
-LAST_NAME = "last.pth"
+STATE_NAME = "last.pth"
 
 
 def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace, *, data: bool = True) -> None:
@@ -31,11 +32,11 @@ def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace
     if not training and args.resume:
         raise InputError("--resume goes on with a training run, and --evaluate trains nothing: leave one of them out")
     config = with_overrides(config, args)
-    check_config(config, config_file, training=training)
+    settings = check_config(config, config_file, training=training)
     _check_split(config, config_file, args)
     _check_output(args)
-    _check_weights(config, config_file, args)
-    _check_vocabulary(config, config_file)
+    _check_weights(settings, config_file, args)
+    _check_vocabulary(config, settings, config_file)
     if training and config.get("eda"):
         _check_synonyms(config)
     if data:
@@ -59,24 +60,24 @@ def _check_output(args: argparse.Namespace) -> None:
         raise InputError(f"--output_dir {folder} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise InputError(f"--output_dir {folder} cannot be written: check the permissions of {existing.resolve()}")
-    if args.resume and not (folder / LAST_NAME).is_file():
+    if args.resume and not (folder / STATE_NAME).is_file():
         raise CheckpointError(
-            f"--resume found no {folder / LAST_NAME}: check --output_dir, or start the run without --resume"
+            f"--resume found no {folder / STATE_NAME}: check --output_dir, or start the run without --resume"
         )
 
 
-def _check_weights(config: dict[str, Any], config_file: str, args: argparse.Namespace) -> None:
+def _check_weights(settings: EvaluationSettings, config_file: str, args: argparse.Namespace) -> None:
     if args.resume:
         return  # everything comes from last.pth
-    if checkpoint_needed(config, evaluate=args.evaluate):
-        _require_file(
+    if args.evaluate or (isinstance(settings, TrainingSettings) and settings.load_pretrained):
+        require_file(
             args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights to start from or to evaluate"
         )
         return
-    if config.get("load_params"):
-        weights = VisionSettings.from_config(config["vision_config"]).start_weights
-        _require_file(weights, f"{weights} (ckpt of vision_config)", "download the Swin weights named in the README")
-    folder = Path(config["text_encoder"])
+    if settings.load_params:
+        weights = settings.vision.start_weights
+        require_file(weights, f"{weights} (ckpt of vision_config)", "download the Swin weights named in the README")
+    folder = Path(settings.text_encoder)
     if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
         raise CheckpointError(
             f"{folder} (text_encoder in {config_file}) holds neither model.safetensors nor pytorch_model.bin: download "
@@ -84,18 +85,18 @@ def _check_weights(config: dict[str, Any], config_file: str, args: argparse.Name
         )
 
 
-def _require_file(path: str, what: str, remedy: str) -> None:
+def require_file(path: str, what: str, remedy: str) -> None:
+    """Refuse weights that are not there.
+
+    Raises:
+        CheckpointError: `path` is not a file.
+    """
     if not path or not Path(path).is_file():
         raise CheckpointError(f"{what} is not a file: {remedy}")
 
 
-def _check_vocabulary(config: dict[str, Any], config_file: str) -> None:
-    from mra.text.vocabulary import read_vocabulary
-
-    words, known = (
-        len(read_vocabulary(config["text_encoder"])),
-        TextSettings.from_config(config["text_config"]).vocab_size,
-    )
+def _check_vocabulary(config: dict[str, Any], settings: EvaluationSettings, config_file: str) -> None:
+    words, known = len(read_vocabulary(config["text_encoder"])), settings.text.vocab_size
     if words > known:
         raise InputError(
             f"{config['text_encoder']}/vocab.txt holds {words} tokens, but vocab_size of text_config in {config_file} is "
@@ -104,8 +105,6 @@ def _check_vocabulary(config: dict[str, Any], config_file: str) -> None:
 
 
 def _check_synonyms(config: dict[str, Any]) -> None:
-    from mra.text.wordnet import require_wordnet, synonyms_of
-
     if synonyms_of(config) is None:
         require_wordnet()
 
