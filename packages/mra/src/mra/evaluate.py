@@ -23,10 +23,13 @@ from torch.nn.functional import normalize
 from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_config
 from mra.data.datasets import RetrievalTestDataset
 from mra.model.network import Retrieval
+from mra.model.weights import load_official
 from mra.report import SplitEvaluation, write_reports
 from mra.retrieval.rerank import SIMILARITY_WEIGHT, Matcher, Pairs
 from mra.text.tokens import build_tokenizer, tokenize
+from tbps_common.errors import CheckpointError, InputError
 from tbps_common.ranking import RetrievalResult, evaluate_rows, rerank_rows, score_rows
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.progress import progress_bar
 from tbps_common.run.randomness import seed_everything
@@ -42,12 +45,16 @@ DATA_SETS = {"sda": "CUHK-PEDES", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "r
 _MEMORY_SHARE = 0.4
 _CMC_RANKS = 50
 _SHOWN_IMAGES = 10
+# What of a configuration makes the network and the form of its inputs; the other keys belong to the data.
+_NETWORK_KEYS = ("vision_config", "text_config", "embed_dim", "itc_dop", "max_tokens")
+_NETWORK_KEYS += ("h", "w", "image_res", "patch_size", "window_size")
 
 
 def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
     """`--evaluate`: print the tables of the validation and the test split, with the weights of a checkpoint.
 
-    Writes `config.yaml` and, with `--report`, the files of `write_reports`.
+    Writes `config.yaml` and, with `--report`, the files of `write_reports`; those of a checkpoint of another data set
+    (zero-shot) into the folder `zero_shot_<task>` of `--output_dir`, so that no file of a training is replaced.
 
     Args:
         config: configuration of the task, without the flags.
@@ -61,15 +68,23 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
         InputError: data, weights or checkpoint cannot be used.
     """
     seed_everything(args.seed + run.ranks.rank)
-    settings = with_overrides(config, args)
+    settings, folder = with_overrides(config, args), Path(args.output_dir)
     tokenizer = build_tokenizer(settings["text_encoder"])
-    splits = {name: RetrievalTestDataset(file, settings) for name, file in evaluation_files(settings).items()}
-    model = Retrieval(settings, init_backbones=False)
-    model.load_pretrained(args.checkpoint, settings, is_eval=True, trust=args.trust_checkpoint)
+    state, beside = find_state_dict(
+        load_checkpoint_file(args.checkpoint, trust=args.trust_checkpoint), source=args.checkpoint
+    )
+    stored = beside.get("config")
+    trained_with: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    model, settings = _build_trained(state, args.checkpoint, settings, trained_with)
     model.to(run.device).eval()
+    splits = {name: RetrievalTestDataset(file, settings) for name, file in evaluation_files(settings).items()}
+    trained_on = trained_with.get("test_file")
+    if isinstance(trained_on, str) and Path(trained_on).name != Path(settings["test_file"]).name:
+        folder = folder / f"zero_shot_{args.task}"
+        logger.info("zero-shot: %s was trained for %s; files go to %s", args.checkpoint, trained_on, folder)
     if run.is_main:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_config(Path(args.output_dir) / CONFIG_NAME, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder / CONFIG_NAME, config)
     for name, dataset in splits.items():
         try:
             result = evaluate_split(
@@ -91,8 +106,47 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
             print(f"### {name}_result:\n{result.itm.table()}", flush=True)
             if args.report:
                 where = {"name": DATA_SETS[args.task], "split": name, "checkpoint": args.checkpoint}
-                logger.info("wrote %s", ", ".join(map(str, write_reports(args.output_dir, result, dataset, **where))))
+                logger.info("wrote %s", ", ".join(map(str, write_reports(folder, result, dataset, **where))))
     return 0
+
+
+def _build_trained(
+    state: Mapping[str, Tensor], name: str, settings: dict[str, Any], trained_with: Mapping[str, Any]
+) -> tuple[Retrieval, dict[str, Any]]:
+    """The network of a checkpoint: that of the task, or else the one that the checkpoint was trained with.
+
+    Args:
+        state: weights.
+        name: of the checkpoint, for messages.
+        settings: of the task.
+        trained_with: configuration stored in the checkpoint; may be empty.
+
+    Returns:
+        The model, and the settings of the task for this model.
+
+    Raises:
+        CheckpointError: the weights fit neither.
+    """
+
+    def build(form: dict[str, Any]) -> Retrieval:
+        model = Retrieval(form, init_backbones=False)
+        load_official(model, state, name=name, strict=True)
+        return model
+
+    try:
+        return build(settings), settings
+    except CheckpointError as misfit:
+        form = {key: value for key, value in settings.items() if key not in _NETWORK_KEYS}
+        form |= {key: trained_with[key] for key in _NETWORK_KEYS if key in trained_with}
+        if form == settings or not trained_with:
+            raise
+        try:
+            model = build(form)
+        except InputError:
+            raise misfit from None
+    changed = [key for key in _NETWORK_KEYS if form.get(key) != settings.get(key)]
+    logger.warning("%s holds a network of another form (%s): it is used as it was trained", name, ", ".join(changed))
+    return model, form
 
 
 class EvaluationStopped(Exception):

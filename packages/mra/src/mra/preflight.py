@@ -2,10 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mra.config import EvaluationSettings, TrainingSettings, check_config, check_task, evaluation_files, with_overrides
+from mra.text.augmentation import comes_out_empty
 from mra.text.vocabulary import read_vocabulary
 from mra.text.wordnet import require_wordnet, synonyms_of
 from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
@@ -128,19 +130,43 @@ def _evaluated_images(config: dict[str, Any], args: argparse.Namespace) -> set[s
                 f"{files[split]} has {len(data.captions)} captions and {len(data.image_paths)} images, and no caption "
                 "whose person has an image, so nothing can be evaluated: complete the file"
             )
+        # An evaluation file has a caption list per image, so its captions are known by their text alone.
+        _refuse_empty(((caption, files[split]) for caption in data.captions), config)
         paths.update(data.image_paths)
     return paths
 
 
 def _training_images(config: dict[str, Any]) -> set[str]:
     if "train_file_regions" in config:
-        files = config["train_file_regions"]
-        paths = [record.image_path for record in load_sda(files, config["image_root"]).records]
+        records = load_sda(config["train_file_regions"], config["image_root"]).records
+        paths = [record.image_path for record in records]
+        _refuse_empty(((record.caption, record.image_path) for record in records), config)
+        phrases = ((phrase, record.image_path) for record in records for phrase in record.phrases)
+        _refuse_empty(phrases, {**config, "icfg_rstp": False})
     else:
-        files = config["train_file"]
-        paths = load_processed_train(files, config["image_root"]).image_paths
+        data = load_processed_train(config["train_file"], config["image_root"])
+        paths = data.image_paths
+        _refuse_empty(zip(data.captions, paths), config)
     check_training_size(len(paths), config["batch_size_train"], 1)
     return set(paths)
+
+
+def _refuse_empty(captions: Iterable[tuple[str, str]], config: dict[str, Any]) -> None:
+    """Refuse captions of which nothing is left, now and not in the middle of an epoch.
+
+    Args:
+        captions: each with its image or file, for the message.
+        config: `icfg_rstp`, the cleaning of the task.
+    """
+    clean = bool(config.get("icfg_rstp"))
+    empty = [(caption, where) for caption, where in captions if comes_out_empty(caption, clean)]
+    if empty:
+        caption, where = empty[0]
+        cleaned = " once it is cleaned (icfg_rstp keeps letters a-z and digits)" if clean and caption.strip() else ""
+        raise DatasetError(
+            f"{len(empty)} caption(s) or phrase(s) hold no text: the first is {caption!r}, of {where}, which is empty"
+            f"{cleaned}: correct or remove these records"
+        )
 
 
 def check_training_size(pairs: int, batch_size: int, processes: int) -> None:

@@ -370,6 +370,12 @@ def _read_state(path: Path, settings: Mapping[str, Any], seed: int, ranks: Ranks
             f"{path} is not the state of a training run ({type(error).__name__}: {error}): name the --output_dir of an "
             "interrupted run"
         ) from error
+    for key in ("train_file", "train_file_regions"):
+        if stored.get(key) != settings.get(key):
+            raise CheckpointError(
+                f"{path} belongs to a run on other data ({key} was {stored.get(key)!r}, and is {settings.get(key)!r} now): to "
+                "go on from its weights, start a run with another --output_dir and the weights as --checkpoint"
+            )
     now = seed, settings["batch_size_train"], ranks.world_size
     if before != now and position.batch:
         raise CheckpointError(

@@ -232,6 +232,30 @@ def test_resume_that_would_see_other_batches_is_refused(
         assert (tmp_path / "cut" / "last.pth").read_bytes() == before
 
 
+def test_resume_on_another_data_set_is_refused_and_touches_nothing(
+    trained: Path, in_world: Path, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert retrieval_main(flags("icfg", tmp_path / "run", "--resume", "--epo", "3")) == 2
+    error = capsys.readouterr().err
+    assert "belongs to a run on other data" in error and "cuhk_train.json" in error and "--output_dir" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("task", ["icfg", "rstp"])
+def test_trained_model_is_trained_further_on_other_data(
+    task: str, trained: Path, in_world: Path, tmp_path: Path, flags: Flags
+) -> None:
+    """From the weights of a training on cuhk; the heads of rstp have another form, and start anew."""
+    start = ["--checkpoint", str(trained / "checkpoint_best.pth"), "--epo", "1", "--lr", "1e-30"]
+    assert retrieval_main(flags(task, tmp_path / "out", *start)) == 0
+    before = torch.load(trained / "checkpoint_best.pth", weights_only=True)["model"]
+    after = torch.load(tmp_path / "out" / "checkpoint_best.pth", weights_only=True)["model"]
+    assert torch.equal(before["itm_head.0.weight"], after["itm_head.0.weight"])
+    assert ("projections of another form" in (tmp_path / "out" / "run.log").read_text()) == (task == "rstp")
+
+
 def test_nothing_is_saved_for_resuming_when_not_wanted(in_world: Path, tmp_path: Path, flags: Flags) -> None:
     assert retrieval_main(flags("cuhk", tmp_path / "out", "--save_every", "0", "--epo", "1")) == 0
     assert not (tmp_path / "out" / "last.pth").exists()

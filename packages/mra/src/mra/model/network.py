@@ -16,6 +16,7 @@ from mra.model.heads import matching_head, projection, thirds, thirds_inside
 from mra.model.settings import ModelSettings
 from mra.model.swin import VisionEncoder
 from mra.model.weights import load_bert, load_official, load_swin
+from tbps_common.run.checkpoint import load_checkpoint_file
 from tbps_common.run.distributed import gather_rows
 
 logger = logging.getLogger("mra.model")
@@ -101,12 +102,15 @@ class Retrieval(nn.Module):
         Raises:
             CheckpointError: unreadable file, or names or shapes that do not fit; the model has not changed then.
         """
+        given = isinstance(source, Mapping)
+        name = "the given state dict" if given else os.fspath(source)
+        content = source if given else load_checkpoint_file(source, trust=trust)
         window = None if is_eval else config.get("window_size")
-        missing, unexpected = load_official(self, source, window=window, strict=is_eval, trust=trust)
+        missing, unexpected = load_official(self, content, name=name, window=window, strict=is_eval)
         if missing or unexpected:
             logger.warning(
                 "%s has projections of another form (embed_dim %s 256): the model's own stay random and are learnt anew",
-                "the given state dict" if isinstance(source, Mapping) else os.fspath(source),
+                name,
                 "not" if self.settings.linear_heads else "of",
             )
         return missing, unexpected

@@ -1,7 +1,6 @@
 """Weights from files: Swin and BERT to start pre-training from, and whole checkpoints in the official layout."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,33 +94,29 @@ def _check_size(state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path)
 
 def load_official(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    content: Any,
     *,
+    name: str,
     window: int | None = None,
     strict: bool = False,
-    trust: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Load a whole checkpoint (of MRA, or of its parent project APTM).
 
     Args:
         model: receives the weights.
-        source: path of a checkpoint, or what it holds: `{"model": state, ...}` or the state itself.
+        content: of a checkpoint: `{"model": state, ...}` or the state itself.
+        name: how messages call the checkpoint.
         window: resample relative-position tables to this window (to 4 in the last stage for a window of 8); by default,
             and for the window of the pre-trained model, they stay as they are.
         strict: the projections must fit, too.
-        trust: unpickle a file that holds more than plain data (it can run code; only for files of known origin).
 
     Returns:
         Missing and superfluous names. Unless `strict`, these may be projections, which have another form for RSTPReid
         (`embed_dim` 256) than for the other data sets and then keep their random values; anything else is an error.
 
     Raises:
-        CheckpointError: unreadable file, or names or shapes that do not fit; the model has not changed then.
+        CheckpointError: names or shapes do not fit; the model has not changed then.
     """
-    if isinstance(source, Mapping):
-        name, content = "the given state dict", source
-    else:
-        name, content = os.fspath(source), load_checkpoint_file(source, trust=trust)
     state, _ = find_state_dict(content, source=name)
     state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in _CONSTANTS}
     if window not in (None, _PRETRAINED_WINDOW):

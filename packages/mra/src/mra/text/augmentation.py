@@ -61,9 +61,14 @@ def pre_caption(
     words = text.split()
     if len(words) > max_words:
         text = " ".join(words[:max_words])
-    if not text:
+    if not text.strip():
         raise ValueError(f"the caption {caption!r} is empty")
     return text
+
+
+def comes_out_empty(caption: str, icfg_rstp: bool = False) -> bool:
+    """Whether `pre_caption` finds nothing left of a caption."""
+    return not (_NOT_ALPHANUMERIC.sub(" ", caption.lower()) if icfg_rstp else caption).strip()
 
 
 def eda(
