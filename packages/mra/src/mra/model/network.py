@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,18 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mra.losses import contrastive_loss, draw_negatives, gather_rows, matching_loss, negative_weights
+from mra.losses import contrastive_loss, draw_negatives, matching_loss, negative_weights
+from mra.model.bert import KeysValues, TextEncoder, image_mask, longest_texts, text_mask
 from mra.model.heads import matching_head, projection, thirds, thirds_inside
-from mra.model.official_layout import initial_parameter_names, load_pretrained, projection_names
 from mra.model.settings import ModelSettings
-from mra.model.text import KeysValues, TextEncoder, image_mask, longest_texts, text_mask
-from mra.model.vision import VisionEncoder
+from mra.model.swin import VisionEncoder
+from mra.model.weights import load_bert, load_official, load_swin
+from tbps_common.run.checkpoint import load_checkpoint_file
+from tbps_common.run.distributed import gather_rows
 
 logger = logging.getLogger("mra.model")
 
 # Weights inside the losses of the released code.
 EDA_WEIGHT = 0.8
 REGION_WEIGHT = 0.8
+
+# With `lr_2` the parameters nearest to the losses learn with `lr_mult` times the rate.
+_FASTER = re.compile(
+    r"vision_encoder\.layers\.[23]\.|text_encoder\.bert\.encoder\.layer\.(4|5|10|11)\.|text_encoder\.cls\.|itm_head\."
+)
+_TIED_WEIGHT = "text_encoder.cls.predictions.decoder.weight"
 
 Negatives = tuple[Tensor, Tensor]
 
@@ -49,7 +58,7 @@ class Retrieval(nn.Module):
     def __init__(self, config: Mapping[str, Any], init_backbones: bool = True):
         super().__init__()
         settings = self.settings = ModelSettings.from_config(config)
-        self.temp = nn.Parameter(torch.tensor(settings.temperature))
+        self.temp = nn.Parameter(torch.tensor(settings.temp))
         self.vision_encoder = VisionEncoder(settings.vision)
         self.text_encoder = TextEncoder(settings.text, settings.vision.feature_width)
         self.vision_proj = projection(settings, settings.vision.feature_width, pooled=3)
@@ -59,13 +68,12 @@ class Retrieval(nn.Module):
         self._warned_about_one_identity = False
         self.set_gradient_checkpointing(settings.gradient_checkpointing)
         if init_backbones:
-            from mra.model.start_weights import load_bert, load_swin
-
             if settings.load_params:
                 load_swin(self.vision_encoder, settings.vision.start_weights)
             load_bert(self.text_encoder, settings.text_encoder)
-        self.init_params = initial_parameter_names(self)
-        self.x_params = projection_names(self)
+        names = [name for name, _ in self.named_parameters()]
+        self.init_params = _faster_names(names, settings)
+        self.x_params = [name for name in names if name.startswith(("vision_proj.", "text_proj."))]
 
     def official_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in the released checkpoints and parameters; tied ones once, under their first name."""
@@ -79,8 +87,33 @@ class Retrieval(nn.Module):
         *,
         trust: bool = False,
     ) -> tuple[list[str], list[str]]:
-        """Load a whole checkpoint; see `mra.model.official_layout.load_pretrained`."""
-        return load_pretrained(self, source, config, is_eval, trust=trust)
+        """Load a whole checkpoint (of MRA, or of its parent project APTM).
+
+        Args:
+            source: path of a checkpoint, or what it holds: `{"model": state, ...}` or the state itself.
+            config: the configuration; relative-position tables are resampled to its `window_size`.
+            is_eval: the checkpoint is of this very model: nothing is resampled, and every name must fit.
+            trust: unpickle a file that holds more than plain data (it can run code; only for files of known origin).
+
+        Returns:
+            Missing and unexpected names. Unless evaluating these may be projections, which have another form for RSTPReid
+            (`embed_dim` 256) than for the other data sets and then keep their random values.
+
+        Raises:
+            CheckpointError: unreadable file, or names or shapes that do not fit; the model has not changed then.
+        """
+        given = isinstance(source, Mapping)
+        name = "the given state dict" if given else os.fspath(source)
+        content = source if given else load_checkpoint_file(source, trust=trust)
+        window = None if is_eval else config.get("window_size")
+        missing, unexpected = load_official(self, content, name=name, window=window, strict=is_eval)
+        if missing or unexpected:
+            logger.warning(
+                "%s has projections of another form (embed_dim %s 256): the model's own stay random and are learnt anew",
+                name,
+                "not" if self.settings.linear_heads else "of",
+            )
+        return missing, unexpected
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute activations of each layer in the backward pass: less memory, about a third more time."""
@@ -260,7 +293,7 @@ class Retrieval(nn.Module):
         loss_mlm = self._mlm_loss(embeds["masked"], text_atts, keys, None, masked_pos, masked_ids)
         if not with_region:
             return loss_itc, loss_itm, loss_mlm, torch.zeros_like(loss_mlm)
-        weight = REGION_WEIGHT if self.settings.region_features == "released" else 1.0
+        weight = REGION_WEIGHT if self.settings.region_feat == "released" else 1.0
         return loss_itc, loss_itm, loss_mlm, weight * (itc["region"] + itm["region"])
 
     def _encode_together(self, views: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -283,7 +316,7 @@ class Retrieval(nn.Module):
         inside = 1 - box_atts  # (B, 1 + L), 0 for the first token
         weights = inside.to(image_embeds.dtype)
         mean = (weights.unsqueeze(1) @ image_embeds) / weights.sum(dim=1).view(-1, 1, 1)  # (B, 1, D_v)
-        if self.settings.region_features == "released":
+        if self.settings.region_feat == "released":
             # The first token is hidden, so its keys and values need not be those of the region.
             return self.get_image_feat(torch.cat([mean, image_embeds[:, 1:]], dim=1)), keys, inside
         own = self.text_encoder.image_keys(mean)
@@ -298,11 +331,16 @@ class Retrieval(nn.Module):
         return feature, joined, torch.cat([torch.ones_like(inside[:, :1]), inside[:, 1:]], dim=1)
 
     def _contrastive_losses(self, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-        """ITC of several pairs of features with one exchange of features and one of identities."""
+        """ITC of several pairs of features with one exchange of features and one of identities.
+
+        As released, the gradient reaches the features of this process only and is not summed over the processes: every one
+        computes the same global loss, so with DistributedDataParallel's mean the gradient of an encoder is 1 / world of that
+        of one process with the joined batch.
+        """
         count, width = len(pairs), self.settings.embed_dim
         features = [_unit(feature) for image, text, _ in pairs for feature in (image, text)]
-        together = gather_rows(torch.cat(features, dim=1)).unflatten(1, (2 * count, width))
-        ids = gather_rows(torch.stack([ids for _, _, ids in pairs], dim=1))
+        together = gather_rows(torch.cat(features, dim=1), sum_gradients=False).unflatten(1, (2 * count, width))
+        ids = gather_rows(torch.stack([ids for _, _, ids in pairs], dim=1), sum_gradients=False)
         return [
             contrastive_loss(
                 together[:, 2 * number],
@@ -370,3 +408,15 @@ class Retrieval(nn.Module):
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
+
+
+def _faster_names(names: list[str], settings: ModelSettings) -> list[str]:
+    """Official names of the parameters with `lr_mult` times the learning rate, sorted.
+
+    With `init_cross` the cross-attention, which no start file holds; with `lr_2` the last stages and layers, the MLM and
+    the ITM head. The tied decoder weight is listed as in the released code, without effect.
+    """
+    chosen = {name for name in names if settings.init_cross and ".crossattention." in name}
+    if settings.lr_2:
+        chosen |= {name for name in [*names, _TIED_WEIGHT] if _FASTER.match(name)}
+    return sorted(chosen)

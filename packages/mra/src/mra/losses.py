@@ -1,4 +1,7 @@
-"""Image-text matching: hard negatives drawn by similarity, and the two-class loss (paper section 3.3, "ITM")."""
+"""The losses of MRA as functions of tensors (paper section 3.3): image-text contrast (ITC) and matching (ITM).
+
+The masked-word loss (MLM) is a plain cross-entropy and stands in `mra.model.network`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,32 @@ from torch import Tensor
 from tbps_common.errors import InputError
 
 _FLOOR = 1e-5
+
+
+def contrastive_loss(image: Tensor, text: Tensor, ids: Tensor, temp: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the similarities with uniform targets over equal identities, mean of both directions.
+
+    With S = V U^T / temp, P_ij = [id_i = id_j] and Y = P / (row sums of P), smoothed to (1 - e) Y + e / N:
+    L = 1/2 (mean_i -sum_j Y_ij log softmax_j S_ij + mean_i -sum_j Y_ij log softmax_j S_ji).
+
+    Args:
+        image: `[N, D]` unit-norm image features V.
+        text: `[N, D]` unit-norm text features U; row i describes image i.
+        ids: `[N]` identities; equal ones are positives of each other.
+        temp: scalar the similarities are divided by.
+        smoothing: e, from 0 to below 1.
+
+    Returns:
+        Scalar, float32.
+    """
+    # The N x N products are a negligible part of a step, so they are not left to autocast's bfloat16.
+    with torch.autocast(image.device.type, enabled=False):
+        similarity = image.float() @ text.float().t() / temp
+        positives = (ids.view(-1, 1) == ids.view(1, -1)).float()
+        targets = positives / positives.sum(dim=1, keepdim=True)
+        if smoothing > 0:
+            targets = (1 - smoothing) * targets + smoothing / len(ids)
+        return (F.cross_entropy(similarity, targets) + F.cross_entropy(similarity.t(), targets)) / 2
 
 
 @torch.no_grad()

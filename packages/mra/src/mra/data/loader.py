@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mra.data.datasets import FinetuneDataset, PretrainDataset
-from mra.text import TextMaskingGenerator, mlm_batch, tokenize
+from mra.text.tokens import TextMaskingGenerator, mlm_batch, tokenize
 from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems
 from tbps_common.run.distributed import Ranks
 from tbps_common.run.randomness import seed_worker

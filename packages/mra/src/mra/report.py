@@ -1,25 +1,46 @@
-"""What an evaluation leaves behind besides the printed table: a JSON file, ranked-list pictures and CMC curves."""
+"""The result of an evaluation, and the files made of it: JSON, CMC curves and pictures of ranked lists."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mra.retrieval.evaluation import SplitEvaluation
-    from tbps_common.report.pictures import RankedQuery
+from tbps_common.ranking import RetrievalResult
+from tbps_common.report.evaluation import evaluation_from_result
+from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
 
-PICTURED_QUERIES = 6
+_PICTURED_QUERIES = 6
+
+
+@dataclass(frozen=True)
+class SplitEvaluation:
+    """What an evaluation found.
+
+    Attributes:
+        itc: ranking by the similarities alone.
+        itm: ranking after the matching stage: the paper's numbers.
+        queries: number of captions.
+        gallery: number of images.
+        seconds: wall time.
+        settings: what of the configuration decides the numbers.
+    """
+
+    itc: RetrievalResult
+    itm: RetrievalResult
+    queries: int
+    gallery: int
+    seconds: float
+    settings: dict[str, Any]
 
 
 def write_reports(
     folder: str | os.PathLike[str],
-    evaluation: "SplitEvaluation",
+    evaluation: SplitEvaluation,
     dataset: Any,
     *,
     name: str,
     split: str,
     checkpoint: str | os.PathLike[str] | None = None,
-    fingerprint: str | None = None,
 ) -> list[Path]:
     """Write `evaluation_<split>.json`, `cmc_<split>.png` and `ranked_list_<split>.png`; the main process calls it.
 
@@ -30,14 +51,10 @@ def write_reports(
         name: of the data set.
         split: `val` or `test`.
         checkpoint: the evaluated file.
-        fingerprint: of the weights (`tbps_common.run.checkpoint.fingerprint`).
 
     Returns:
         The files written.
     """
-    from tbps_common.report.evaluation import evaluation_from_result
-    from tbps_common.report.pictures import cmc_curve, ranked_list
-
     root = Path(folder)
     files = [root / f"evaluation_{split}.json", root / f"cmc_{split}.png", root / f"ranked_list_{split}.png"]
     evaluation_from_result(
@@ -49,21 +66,17 @@ def write_reports(
         split=split,
         settings=evaluation.settings,
         checkpoint=checkpoint,
-        fingerprint=fingerprint,
         seconds=evaluation.seconds,
     )
     title = f"MRA on {name}, {split} split"
     curves = {"re-ranked": evaluation.itm.cmc.tolist(), "similarity only": evaluation.itc.cmc.tolist()}
     cmc_curve(files[1], curves, title=title)
-    ranked_list(files[2], pictured_queries(evaluation, dataset), title=title)
+    ranked_list(files[2], _pictured_queries(evaluation.itm, dataset), title=title)
     return files
 
 
-def pictured_queries(evaluation: "SplitEvaluation", dataset: Any, count: int = PICTURED_QUERIES) -> "list[RankedQuery]":
+def _pictured_queries(result: RetrievalResult, dataset: Any) -> list[RankedQuery]:
     """Rows of the ranked-list picture: captions spread over the split, some found at rank 1 and some not."""
-    from tbps_common.report.pictures import Hit, RankedQuery, example_queries
-
-    result = evaluation.itm
     assert result.indices is not None and result.scores is not None
     return [
         RankedQuery(
@@ -73,5 +86,5 @@ def pictured_queries(evaluation: "SplitEvaluation", dataset: Any, count: int = P
                 for place, score in zip(result.indices[query].tolist(), result.scores[query].tolist())
             ],
         )
-        for query in example_queries(result.first_rank.tolist(), count)
+        for query in example_queries(result.first_rank.tolist(), _PICTURED_QUERIES)
     ]

@@ -114,28 +114,14 @@ class TextEncoder(nn.Module):
 
     def __init__(self, settings: TextSettings, image_width: int):
         super().__init__()
-        config = BertConfig(
-            vocab_size=settings.vocab_size,
-            hidden_size=settings.hidden_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=settings.num_heads,
-            intermediate_size=settings.intermediate_size,
-            hidden_act=settings.hidden_act,
-            hidden_dropout_prob=settings.hidden_dropout,
-            attention_probs_dropout_prob=settings.attention_dropout,
-            max_position_embeddings=settings.max_positions,
-            type_vocab_size=settings.type_vocab_size,
-            initializer_range=settings.initializer_range,
-            layer_norm_eps=settings.layer_norm_eps,
-            pad_token_id=settings.pad_token_id,
-        )
+        config = BertConfig(**settings.model_dump(exclude={"fusion_layer"}))
         self.fusion_layer = settings.fusion_layer
         self.bert = nn.Module()
         self.bert.embeddings = BertEmbeddings(config)
         self.bert.encoder = nn.Module()
         self.bert.encoder.layer = nn.ModuleList(
             TextLayer(config, image_width if number >= settings.fusion_layer else None)
-            for number in range(settings.num_layers)
+            for number in range(settings.num_hidden_layers)
         )
         self.cls = BertOnlyMLMHead(config)
         self.gradient_checkpointing = False
