@@ -14,10 +14,6 @@ import pytest
 NOT_YET: dict[str, set[str]] = {
     "dp_gen": {"no circles", "one training loop"},
     "fafa": {"no circles"},
-=======
-NOT_YET: dict[str, set[str]] = {
-    "dp_gen": {"no circles", "one training loop"},
-    "fafa": {"no circles"},
     "mra": {"no circles"},
 }
 
