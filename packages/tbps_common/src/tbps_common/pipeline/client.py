@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import proxy_bypass_environment
+from urllib.request import proxy_bypass
 
 from tbps_common.errors import InputError
 
@@ -304,6 +304,7 @@ class ChatClient:
     async def _request(self, messages: Sequence[Message], seconds: float) -> str:
         openai = self._openai
         fields = dict(self._fields)
+        completion: Any
         try:
             async with asyncio.timeout(seconds):
                 completion = await self._client.chat.completions.create(
@@ -451,7 +452,7 @@ def _is_loopback(address: str | None) -> bool:
 def _note_unused_proxy(address: str | None) -> None:
     host = urlsplit(address or "").hostname or ""
     name = next((name for name in _PROXIES if os.environ.get(name, "").strip()), None)
-    if name is not None and not proxy_bypass_environment(host):
+    if name is not None and not proxy_bypass(host):
         print(f"note: the server is on this machine, so the proxy in {name} is not used", file=sys.stderr)
 
 
