@@ -251,7 +251,7 @@ def build_prompt(row: dict[str, Any]) -> str:
 
 
 def reject_response(reply: str) -> bool:
-    """Whether a reply is something else than a caption: too short, an apology, or an echo of the instruction."""
+    """Whether a reply is no caption: too short, an apology, or an echo of the instruction."""
     text = reply.strip().lower()
     if len(text) < SHORTEST_REPLY or text.startswith(REJECTED_STARTS):
         return True
@@ -262,7 +262,7 @@ def accept(reply: str) -> str:
     """The caption in a reply, without quotation marks around the whole.
 
     Raises:
-        Rejected: it is not a caption.
+        Rejected: it is no caption.
     """
     sentence = _unquoted(reply.strip())
     if not reject_response(sentence):
