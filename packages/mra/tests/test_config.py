@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mra.config import check_config, config_path, load_config, with_overrides, write_config
-from mra.shipped import PACKAGE, find_shipped
+from mra.model.settings import PACKAGE, find_shipped
 from tbps_common.datasets.sda import SHARDS
 from tbps_common.errors import InputError
 

@@ -236,7 +236,7 @@ def test_help_teaches_and_imports_nothing_heavy(command: str) -> None:
 
 
 def test_no_other_command_imports_the_extra() -> None:
-    from mra.shipped import PACKAGE
+    from mra.model.settings import PACKAGE
 
     own = PACKAGE / "dad"
     for path in PACKAGE.rglob("*.py"):
