@@ -31,7 +31,7 @@ from fafa.syncpr.records import (
 from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json, write_text
-from tbps_common.pipeline.stages import Dropped, StageOutcome, begin_manifest, finish_manifest, manifest_path, run_stage
+from tbps_common.pipeline.stages import Dropped, Outcome, in_batches, manifest_path, run_stage
 from tbps_common.run.arguments import number, whole_number
 
 DESCRIPTION = """\
@@ -150,7 +150,7 @@ def _reopen(manifest: Path) -> None:
                 write_json(manifest, {**content, "finished": False})
 
 
-def _score(flags: argparse.Namespace, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]) -> StageOutcome:
+def _score(flags: argparse.Namespace, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]) -> Outcome:
     output = flags.shard.file(flags.out, SCORES)
     settings = {"clip": flags.clip, "person_model": flags.person_model, "dtype": flags.dtype}
     root = Path(flags.out)
@@ -173,11 +173,10 @@ def _score(flags: argparse.Namespace, pairs: list[dict[str, Any]], quadruples: d
         notes = {"command": "fafa-syncpr filter", "shard": str(flags.shard)}
         return run_stage(
             pairs,
-            score,
+            in_batches(score, flags.batch_size),
             output,
             key=key_in(output),
             settings=settings,
-            batch_size=flags.batch_size,
             unit="pair",
             notes=notes,
         )
@@ -213,46 +212,34 @@ def _verdict_file(flags: argparse.Namespace) -> Path:
     return flags.shard.file(flags.out, VERDICTS)
 
 
-def _ask(flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]) -> Any:
+def _ask(
+    flags: argparse.Namespace, client: Any, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple]
+) -> Outcome:
     """Put the questions about each pair that has no answer yet."""
     from fafa.syncpr.answers import read_verdict
-    from tbps_common import pipeline
+    from tbps_common.pipeline.chat import Conversation, in_conversations
 
     root = Path(flags.out)
+    pictures = {pair_key(pair): [root / pair[side] for side in ("left", "right")] for pair in pairs}
 
-    def messages(pair: dict[str, Any]) -> list[dict[str, Any]]:
-        text = quadruples[pair["quadruple_id"]]
-        return question_messages(
-            text.caption_1, text.caption_2, [data_url(root / pair[side]) for side in ("left", "right")]
-        )
-
-    def own(pair: dict[str, Any]) -> dict[str, Any]:
-        return {"quadruple_id": pair["quadruple_id"], "variant": pair["variant"]}
+    async def converse(item: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+        text = quadruples[item["quadruple_id"]]
+        urls = [data_url(path) for path in pictures[pair_key(item)]]
+        messages = question_messages(text.caption_1, text.caption_2, urls)
+        return {**item, "answers": await conversation.ask(messages, read_verdict)}
 
     path = _verdict_file(flags)
-    job: pipeline.Job[dict[str, Any]] = pipeline.Job(
-        items=pairs,
-        keys=lambda pair: (pair_key(pair),),
-        record_key=key_in(path),
-        messages=messages,
-        parse=lambda pair, answer: {**own(pair), "answers": read_verdict(answer)},
-        describe=own,
-        order=pair_key,
-    )
-    begin_manifest(path, {"model": flags.vlm_model, "prompt": QUESTION_PROMPT_MARK}, {"server": client.server})
-    outcome = pipeline.run(job, client, path, unit="pair")
-    finish_manifest(
+    outcome = run_stage(
+        [{"quadruple_id": of, "variant": variant} for of, variant in pictures],  # type: ignore[misc]
+        in_conversations(client, converse),
         path,
-        finished=not outcome.failed and outcome.refusal is None and outcome.interrupted is None,
-        items=outcome.items,
-        kept=outcome.kept + outcome.done,
-        dropped={"no usable answer": outcome.rejected} if outcome.rejected else {},
-        seconds=outcome.seconds,
+        key=key_in(path),
+        settings={"model": flags.vlm_model, "prompt": QUESTION_PROMPT_MARK},
+        notes={"server": client.server},
+        order=pair_key,
+        unit="pair",
     )
-    rate = outcome.done / max(outcome.seconds, 1e-9)
-    print(
-        f"{path}: {outcome.done} of {outcome.items} pairs asked now, {outcome.kept} before ({rate:.2f} pairs per second)"
-    )
+    print(outcome.sentence("pair"))
     return outcome
 
 
@@ -305,7 +292,7 @@ def _note_verdicts(path: Path, verdicts: dict[Any, dict[str, bool]]) -> None:
 
 def _keep(
     flags: argparse.Namespace,
-    scored: StageOutcome,
+    scored: Outcome,
     scores: list[dict[str, Any]],
     verdicts: dict[Any, dict[str, bool]],
     *,

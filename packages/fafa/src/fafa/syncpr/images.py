@@ -11,7 +11,7 @@ from fafa.syncpr.prompts import IMAGE_TEMPLATE, image_prompt
 from fafa.syncpr.records import IMAGES, is_own, key_in, load_quadruples
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path
-from tbps_common.pipeline.stages import Dropped, run_stage
+from tbps_common.pipeline.stages import Dropped, in_batches, run_stage
 from tbps_common.run.arguments import number, whole_number
 
 if TYPE_CHECKING:
@@ -84,11 +84,10 @@ def run(flags: argparse.Namespace) -> int:
     output = flags.shard.file(flags.out, IMAGES)
     outcome = run_stage(
         items,
-        _maker(flags, painter, sampling, prompts),
+        in_batches(_maker(flags, painter, sampling, prompts), flags.batch_size),
         output,
         key=key_in(output),
         settings=settings,
-        batch_size=flags.batch_size,
         unit="picture",
         notes={"command": "fafa-syncpr images", "device": str(painter.device), "cut_prompts": cut},
     )

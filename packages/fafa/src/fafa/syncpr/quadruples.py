@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from fafa.syncpr.records import DROPPED_SUFFIX, QUADRUPLES, REQUESTS, SeenCaptio
 from fafa.syncpr.seeds import SeedLists, read_seed_lists
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
-from tbps_common.pipeline.stages import Shard, begin_manifest, finish_manifest
+from tbps_common.pipeline.stages import Outcome, Shard, begin_manifest, finish_manifest, run_stage
 from tbps_common.run.arguments import number, whole_number
 
 DESCRIPTION = """\
@@ -128,30 +127,24 @@ class _Stage:
 
     def run(self) -> int:
         """Ask, and ask for more in place of what was dropped, until there are enough."""
-        from tbps_common import pipeline
-
         flags = self.flags
         if not flags.resume and self.requests.exists():
             raise InputError(f"{self.requests} exists already and --no-resume is given: name another folder with --out")
         client = self._client()  # what is wrong with the key or the address is said before anything is written
         notes = {"server": client.server, "command": "fafa-syncpr quadruples", "shard": str(flags.shard)}
-        begin_manifest(self.requests, self.settings, notes)
         begin_manifest(self.output, self.settings, notes)
         places = max(_requests_for(self.wanted, flags.per_request), self._places_answered())
-        seconds, asked, retries = 0.0, 0, 0
+        seconds, asked = 0.0, 0
         for _ in range(_MOST_ROUNDS):
-            outcome = pipeline.run(
-                self._job(places), client, self.requests, tries=flags.tries, say=_say, unit="request"
-            )
-            asked, seconds, retries = asked + outcome.done, seconds + outcome.seconds, retries + outcome.retries
-            kept = self._assemble(places, outcome.seconds)
+            outcome = self._ask(client, places, notes)
+            asked, seconds = asked + outcome.done, seconds + outcome.seconds
+            kept = self._assemble(outcome.seconds)
             if kept >= self.wanted or outcome.interrupted is not None or outcome.refusal or outcome.failed:
                 break
             places += _requests_for(self.wanted - kept, flags.per_request)
-            client = self._client()
         print(
             f"{asked} requests answered in {seconds:.1f} s ({asked / max(seconds, 1e-9):.2f} per second, "
-            f"{retries} repeated, {outcome.rejected} without a usable answer, {outcome.failed} without an answer)"
+            f"{client.retries} repeated, {outcome.rejected} without a usable answer, {outcome.failed} without an answer)"
         )
         if outcome.refusal:
             raise InputError(outcome.refusal)
@@ -190,36 +183,33 @@ class _Stage:
             sampling={"temperature": flags.temperature, "max_tokens": flags.max_tokens},
         )
 
-    def _job(self, places: int) -> Any:
-        from tbps_common.pipeline import Job
+    def _ask(self, client: Any, places: int, notes: dict[str, Any]) -> Outcome:
+        from tbps_common.pipeline.chat import Conversation, in_conversations
 
         flags = self.flags
 
-        def parse(request: int, answer: str) -> dict[str, Any]:
-            results = read_quadruples(answer, flags.per_request)
+        async def converse(item: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+            request = item["request"]
+            texts = await conversation.ask(
+                _messages(self.lists, flags, request), lambda answer: read_quadruples(answer, flags.per_request)
+            )
             entries = [
-                {
-                    "id": request * flags.per_request + place,
-                    **(result if isinstance(result, dict) else {"reason": result}),
-                }
-                for place, result in enumerate(results)
+                {"id": request * flags.per_request + place, **(text if isinstance(text, dict) else {"reason": text})}
+                for place, text in enumerate(texts)
             ]
-            return {"request": request, "quadruples": entries}
+            return {**item, "quadruples": entries}
 
-        def key(record: dict[str, Any]) -> Hashable | None:
-            return record["request"] if type(record.get("request")) is int else None
-
-        return Job(
-            items=[_request_number(flags.shard, place) for place in range(places)],
-            keys=lambda request: (request,),
-            record_key=key,
-            messages=lambda request: _messages(self.lists, flags, request),
-            parse=parse,
-            describe=lambda request: {"request": request},
-            order=lambda record: record["request"] if type(record.get("request")) is int else -1,
+        return run_stage(
+            [{"request": _request_number(flags.shard, place)} for place in range(places)],
+            in_conversations(client, converse, tries=flags.tries),
+            self.requests,
+            key=lambda entry: entry["request"] if type(entry.get("request")) is int else None,
+            settings=self.settings,
+            notes=notes,
+            unit="request",
         )
 
-    def _assemble(self, places: int, seconds: float) -> int:
+    def _assemble(self, seconds: float) -> int:
         """Write the quadruples out of all answers, without duplicates; returns their number."""
         from tbps_common.pipeline.journal import encode
 
@@ -243,14 +233,6 @@ class _Stage:
             write_text(aside, b"".join(map(encode, dropped)).decode())
         else:
             aside.unlink(missing_ok=True)
-        finish_manifest(
-            self.requests,
-            finished=len(kept) >= self.wanted,
-            items=places,
-            kept=len(answers),
-            dropped={"no usable answer": unusable} if unusable else {},
-            seconds=0.0,
-        )
         finish_manifest(
             self.output,
             finished=len(kept) >= self.wanted,
@@ -281,9 +263,3 @@ def _read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
     rejected = Path(f"{path}.rejected.jsonl")
     unusable = len(read_json_lines(rejected)) if rejected.exists() else 0
     return sorted(answers, key=lambda record: record["request"]), unusable
-
-
-def _say(sentence: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(sentence, file=sys.stdout)

@@ -1,11 +1,13 @@
 """What the stages share: their files, what they were made with, and the way they are run."""
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL.Image import Image
 
 from tbps_common.errors import DatasetError, ImageError, InputError
 from tbps_common.images import check_images_exist, read_image
-from tbps_common.pipeline.stages import Dropped, Record, manifest_path, read_stage, run_stage
+from tbps_common.pipeline.stages import Dropped, Record, in_batches, read_stage, run_stage
 
 # Output of each stage, and the stage whose output it reads.
 GENERATED, FILTERED, CAPTIONED, REGIONS = "generated", "filtered", "captioned", "regions"
@@ -198,15 +200,14 @@ def run(
     """
     output = args.shard.file(args.work, stem)
     _refuse_other_sharding(args, stem)
-    process: Process = _nothing_to_do if _is_finished(output, settings, len(items)) else build()
+    load = functools.cache(build)
     notes = {"batch_size": args.batch_size, "device": args.device, "libraries": versions()}
     outcome = run_stage(
         items,
-        _with_advice(process),
+        in_batches(_with_advice(lambda batch: load()(batch)), args.batch_size),
         output,
         key=image_of,
         settings=settings,
-        batch_size=args.batch_size,
         unit=unit,
         notes=notes,
     )
@@ -217,26 +218,15 @@ def run(
 def _refuse_other_sharding(args: argparse.Namespace, stem: str) -> None:
     """A folder in which two divisions of the same work are mixed could not be read by the next stage."""
     own = args.shard.file(args.work, stem).name
-    others = [path.name for path in Path(args.work).glob(f"{stem}*.jsonl") if not path.name.endswith("dropped.jsonl")]
+    others = [
+        path.name for path in Path(args.work).glob(f"{stem}*.jsonl") if not re.search(r"jsonl\.\w+\.jsonl$", path.name)
+    ]
     total = f"-of-{args.shard.count}.jsonl" if args.shard.count > 1 else own
     strange = sorted(name for name in others if name != own and not name.endswith(total))
     if strange:
         raise InputError(
             f"{args.work} holds {strange[0]}, which --shard {args.shard} does not go with: use the same number of shards"
         )
-
-
-def _is_finished(output: Path, settings: Record, count: int) -> bool:
-    try:
-        manifest = json.loads(manifest_path(output).read_text(encoding="utf-8"))
-        same = manifest["settings"] == json.loads(json.dumps(settings))
-        return output.is_file() and same and manifest["finished"] is True and manifest["items"] == count
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _nothing_to_do(batch: list[Record]) -> Sequence[Record | Dropped]:
-    raise InputError("the manifest says that this stage is finished, but records are missing: delete it and run again")
 
 
 def _with_advice(process: Process) -> Process:

@@ -175,6 +175,7 @@ class ChatClient:
         import openai
 
         self._openai = openai
+        self.stopping = False  # what stopped an earlier run may have been put right
         # Retrying is ours: the package's own retries know neither the item's deadline nor our stop.
         self._client = openai.AsyncOpenAI(
             api_key=self._key, base_url=self._base_url, timeout=self._timeout, max_retries=0

@@ -169,7 +169,7 @@ def train_arguments(out: Path, epochs: int, device: str) -> list[str]:
 
 def _fafa(out: Path, flags: argparse.Namespace) -> int:
     from fafa.cli import infer_main, train_main
-    from fafa.training.run_directory import has_state
+    from fafa.run_directory import has_state
 
     def newest() -> Path | None:
         return max((path for path in (out / "runs").glob("*_syncpr") if has_state(path)), default=None)
