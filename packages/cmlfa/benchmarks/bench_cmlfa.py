@@ -11,17 +11,25 @@ import argparse
 import platform
 import random
 import sys
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmlfa.datasets import TextDataset, mask_tokens, tokenize
+from cmlfa.datasets.tokenizer import shared_tokenizer
+from cmlfa.model import CMLFA, ClipGeometry, ModelSettings
+from cmlfa.model.cmlfa import resolve_precision, to_released_half
+from cmlfa.objectives import compute_id, compute_itc, compute_mlm, compute_sdm
+from cmlfa.options import get_args
+from cmlfa.solver import ADAM_EPSILON, build_optimizer, parameter_rule
+from tbps_common.bench.timer import measure
+from tbps_common.errors import InputError
+from tbps_common.files import write_json
+from tbps_common.ranking import retrieve
 from tbps_common.run.command import command
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cmlfa.model import CMLFA
 
 # Sizes of the CLIP towers, image and text; "paper" is ViT-B/16 on 384 x 128 images.
 SIZES: dict[str, dict[str, Any]] = {
@@ -83,11 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Parse the flags, measure, print a table."""
     args = build_parser().parse_args(argv)
-    import torch
-
-    from tbps_common.errors import InputError
-    from tbps_common.files import write_json
-
     for flag in ("batch_size", "repeats", "threads"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} must be at least 1, but it is {getattr(args, flag)}.")
@@ -108,14 +111,6 @@ def main(argv: list[str]) -> int:
 
 def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Whole step, its forward FLOPs, and the loss, of both forms on twin models."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from cmlfa.model import CMLFA, ClipGeometry, ModelSettings
-    from cmlfa.model.cmlfa import resolve_precision, to_released_half
-    from cmlfa.options import get_args
-    from cmlfa.solver import build_optimizer
-
     size = SIZES[args.size]
     settings = ModelSettings(img_size=size["img_size"], text_length=size["text_length"], loss_names="sdm+mlm+id+itc")
     geometry = ClipGeometry(context_length=size["text_length"], vocab_size=VOCABULARY, **size["clip"])
@@ -131,7 +126,7 @@ def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
     optimizers = build_optimizer(flags, ours), direct_optimizer(flags, direct)
     losses: dict[str, float] = {}
 
-    def step(name: str, model: "CMLFA", forward: Callable[..., Any], optimizer: Any) -> Callable[[], None]:
+    def step(name: str, model: CMLFA, forward: Callable[..., Any], optimizer: Any) -> Callable[[], None]:
         def run() -> None:
             entries = forward(model, batch)
             loss = torch.stack([value for key, value in entries.items() if "loss" in key]).sum()
@@ -151,7 +146,7 @@ def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             forward(model, batch)
         work[name] = counter.get_total_flops() / args.batch_size / 1e9
-    timed = fastest(forms, args.repeats, synchronise=torch.cuda.synchronize if args.device == "cuda" else None)
+    timed = milliseconds(forms, args.repeats, args.device)
     return [
         {"what": "training step, ms", **timed},
         {"what": "forward GFLOP per pair", **work},
@@ -166,33 +161,24 @@ def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def host_side(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Masking of one caption."""
-    from cmlfa.datasets import mask_tokens, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
-
     ids = tokenize(random_caption(random.Random(args.seed)), shared_tokenizer())
     count = 20
 
     def many(mask: Callable[[Any], Any]) -> Callable[[], Any]:
         return lambda: [mask(ids) for _ in range(count)]
 
-    timed = fastest({"direct": many(direct_masking), "ours": many(mask_tokens)}, args.repeats)
+    timed = milliseconds({"direct": many(direct_masking), "ours": many(mask_tokens)}, args.repeats)
     return [{"what": "masking of a caption, ms", **{name: value / count for name, value in timed.items()}}]
 
 
 def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Query captions to token ids, and features to metrics; encoding itself is the same in both forms."""
-    import torch
-
-    from cmlfa.datasets import TextDataset, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
-    from tbps_common.ranking import retrieve
-
     size = SIZES[args.size]
     queries, gallery = size["queries"], size["gallery"]
     rng = random.Random(args.seed)
     captions = [random_caption(rng) for _ in range(queries)]
     texts = TextDataset([0] * queries, captions, size["text_length"])
-    timed_ids = fastest(
+    timed_ids = milliseconds(
         {
             "direct": lambda: [tokenize(caption, shared_tokenizer(), size["text_length"]) for caption in captions],
             "ours": lambda: [texts[index] for index in range(queries)],
@@ -212,7 +198,7 @@ def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
     def direct() -> None:
         found["direct"] = direct_metrics(features[:queries] @ features[queries:].t(), q_pids, g_pids)
 
-    timed_metrics = fastest({"direct": direct, "ours": ours}, args.repeats)
+    timed_metrics = milliseconds({"direct": direct, "ours": ours}, args.repeats)
     return [
         {"what": "token ids of all queries, ms", **timed_ids},
         {"what": "metrics of an evaluation, ms", **timed_metrics},
@@ -220,12 +206,8 @@ def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def direct_forward(model: "CMLFA", batch: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+def direct_forward(model: CMLFA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The losses as the method describes them: each branch encodes its text, and every position is scored."""
-    import torch
-
-    from cmlfa.objectives import compute_id, compute_itc, compute_mlm, compute_sdm
-
     vision, ids = model.image_tokens(batch["images"]), batch["caption_ids"]
     text = model.text_tokens(ids)
     image_feature = model.latent(vision[:, 1:]).mean(dim=1) + vision[:, 0].float()
@@ -243,13 +225,8 @@ def direct_forward(model: "CMLFA", batch: dict[str, "Tensor"]) -> dict[str, "Ten
     }
 
 
-def direct_optimizer(args: Any, model: "CMLFA") -> "torch.optim.Optimizer":
+def direct_optimizer(args: Any, model: CMLFA) -> torch.optim.Optimizer:
     """Adam with one group per parameter."""
-    import torch
-
-    from cmlfa.solver import parameter_rule
-    from cmlfa.solver.optimizer import ADAM_EPSILON
-
     groups = []
     for name, parameter in model.named_parameters():
         lr, weight_decay = parameter_rule(name, args)
@@ -257,10 +234,8 @@ def direct_optimizer(args: Any, model: "CMLFA") -> "torch.optim.Optimizer":
     return torch.optim.Adam(groups, lr=args.lr, betas=(args.alpha, args.beta), eps=ADAM_EPSILON)
 
 
-def direct_masking(ids: "Tensor") -> tuple["Tensor", "Tensor"]:
+def direct_masking(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Masking with the list of all replacement tokens built for the caption, element by element."""
-    import torch
-
     tokens = ids.numpy().copy()
     replacements = [token for token in range(1, VOCABULARY) if token not in (0, 49405, 49406, 49407)]
     labels = []
@@ -282,10 +257,8 @@ def direct_masking(ids: "Tensor") -> tuple["Tensor", "Tensor"]:
     return torch.from_numpy(tokens), torch.tensor(labels)
 
 
-def direct_metrics(similarity: "Tensor", q_pids: "Tensor", g_pids: "Tensor") -> float:
+def direct_metrics(similarity: Tensor, q_pids: Tensor, g_pids: Tensor) -> float:
     """mAP in percent by a full sort and Q x G matrices, with mINP query by query."""
-    import torch
-
     order = torch.argsort(similarity, dim=1, descending=True)
     matches = g_pids[order].eq(q_pids.view(-1, 1))
     hits = matches.cumsum(1)
@@ -294,13 +267,8 @@ def direct_metrics(similarity: "Tensor", q_pids: "Tensor", g_pids: "Tensor") -> 
     return 100 * ((precision * matches).sum(1) / hits[:, -1]).mean().item()
 
 
-def random_batch(args: argparse.Namespace) -> dict[str, "Tensor"]:
+def random_batch(args: argparse.Namespace) -> dict[str, Tensor]:
     """Random images, and captions whose words are masked as in training."""
-    import torch
-
-    from cmlfa.datasets import mask_tokens, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
-
     size = SIZES[args.size]
     rng = random.Random(args.seed)
     captions = [tokenize(random_caption(rng), shared_tokenizer(), size["text_length"]) for _ in range(args.batch_size)]
@@ -320,21 +288,9 @@ def random_caption(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(18, 32)))
 
 
-def fastest(
-    forms: dict[str, Callable[[], Any]], repeats: int, synchronise: Callable[[], None] | None = None
-) -> dict[str, float]:
-    """Milliseconds of the fastest of `repeats` runs of each form, after one run to warm up, taking turns."""
-    clock = time.process_time if synchronise is None else time.perf_counter
-    best = dict.fromkeys(forms, float("inf"))
-    for turn in range(repeats + 1):
-        for name, run in forms.items():
-            start = clock()
-            run()
-            if synchronise is not None:
-                synchronise()
-            if turn:
-                best[name] = min(best[name], 1000 * (clock() - start))
-    return best
+def milliseconds(forms: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Of the fastest of `repeats` runs of each form."""
+    return {name: cost.milliseconds for name, cost in measure(forms, repeats=repeats, device=device).items()}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_cmlfa import direct_masking, direct_metrics, main
+from bench_cmlfa import SIZES, direct_masking, direct_metrics, main
 from cmlfa.datasets import mask_tokens
 from cmlfa.metrics import rank
 
@@ -31,7 +31,11 @@ def test_direct_metrics_agree() -> None:
     )
 
 
-def test_the_command_reports_equal_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_equal_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = {**SIZES["small"]["clip"], "vision_layers": 1, "text_layers": 1}
+    monkeypatch.setitem(SIZES, "small", {**SIZES["small"], "clip": clip, "queries": 60, "gallery": 30})
     threads = torch.get_num_threads()
     try:
         assert main(["--batch_size", "2", "--repeats", "1", "--json", str(tmp_path / "bench.json")]) == 0

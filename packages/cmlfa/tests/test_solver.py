@@ -234,16 +234,33 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing(
     with pytest.raises(CheckpointError, match=r"run\.pth covers \d+ parameters"):
         load_official_optimizer_state(other_optimizer, other, stored, "run.pth")
 
-    # One group here (lr_factor 1 makes cross_attn's rate the base rate), two rates in the file.
-    mixed_optimizer = build_optimizer(toy_args(lr_factor=1.0), model)
-    with pytest.raises(CheckpointError, match="resume with the --lr"):
-        load_official_optimizer_state(mixed_optimizer, model, stored, "run.pth")
+    sgd = build_optimizer(toy_args(optimizer="SGD"), model)
+    with pytest.raises(CheckpointError, match="resume with the --optimizer"):
+        load_official_optimizer_state(sgd, model, stored, "run.pth")
 
+    fresh = build_optimizer(toy_args(), model)
     wrong = copy.deepcopy(stored)
     wrong["state"][0]["exp_avg"] = torch.zeros(3)
     with pytest.raises(CheckpointError, match="base_model.positional_embedding"):
-        load_official_optimizer_state(mixed_optimizer, model, wrong, "run.pth")
-    assert not mixed_optimizer.state and not other_optimizer.state
+        load_official_optimizer_state(fresh, model, wrong, "run.pth")
+    assert not fresh.state and not other_optimizer.state
+
+
+def test_flags_of_today_decide_the_settings(
+    toy_args: Callable[..., Any], toy_model: Callable[..., CMLFA], toy_batch: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    """The moments come from the file; rates and decays are those of the flags, even if the groups are others."""
+    model = toy_model().eval()
+    before = build_optimizer(toy_args(), model)
+    train(model, before, toy_batch(), 1)
+    stored = official_optimizer_state(before, model)
+    now = build_optimizer(toy_args(lr=3e-4, lr_factor=1.0, weight_decay=0.0, alpha=0.8), model)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in now.param_groups]
+    assert len(settings) != len(before.param_groups)
+    load_official_optimizer_state(now, model, stored, "run.pth")
+    assert [{key: value for key, value in group.items() if key != "params"} for group in now.param_groups] == settings
+    for parameter, state in before.state.items():
+        assert torch.equal(now.state[parameter]["exp_avg"], state["exp_avg"])
 
 
 def test_scheduler_state_has_one_rate_per_parameter_and_comes_back(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cmlfa.model.weights import load_checkpoint
+from cmlfa.model import load_checkpoint
 from cmlfa.solver import (
     load_official_optimizer_state,
     load_official_scheduler_state,
@@ -91,7 +91,7 @@ class Checkpointer:
         source = os.fspath(path)
         for name, wanted in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if wanted is not None and name not in remaining:
-                self.logger.warning("%s holds no %s state: it starts anew", source, name)
+                self.logger.warning("%s holds no %s state: it starts afresh", source, name)
         optimizer_state = remaining.pop("optimizer", None)
         scheduler_state = remaining.pop("scheduler", None)
         try:

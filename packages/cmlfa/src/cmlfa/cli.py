@@ -1,50 +1,77 @@
-"""Console commands of cmlfa. Heavy libraries are imported when a command starts to work, not to print its help."""
+"""Console commands of cmlfa: parse, check what needs no model, then import what does the work.
 
+The checks come before torch is imported, so that help, a wrong path or unusable data are answered within a second.
+"""
+
+from cmlfa.datasets.annotations import read_annotations
+from cmlfa.options import (
+    check_training_flags,
+    get_args,
+    index_parser,
+    search_parser,
+    test_parser,
+    visualize_parser,
+)
+from cmlfa.run_directory import find_weights, read_run
+from tbps_common.errors import InputError
 from tbps_common.run.command import command
 
 
 @command
 def train_main(argv: list[str]) -> int:
     """`train.py`, `cmlfa-train`: train a model."""
-    from cmlfa.options import check_training_flags, get_args
-    from cmlfa.preflight import check_data
+    options = get_args(argv)
+    check_training_flags(options)
+    data = read_annotations(options, options.validation_split, training=True)
+    from cmlfa.train import train
 
-    args = get_args(argv)
-    check_training_flags(args)
-    split = "val" if args.val_dataset == "val" else "test"
-    check_data(args.dataset_name, args.root_dir, split=split, training=True)
-    from cmlfa.training.start import train
-
-    return train(args)
+    return train(options, data)
 
 
 @command
 def test_main(argv: list[str]) -> int:
     """`test.py`, `cmlfa-test`: evaluate a trained model on the test split."""
-    from cmlfa.testing import main
+    flags = test_parser().parse_args(argv)
+    options = read_run(flags)
+    data = read_annotations(options, "test", i2t=flags.i2t)
+    find_weights(options, flags)
+    from cmlfa.evaluate import test
 
-    return main(argv)
+    test(flags, options, data)
+    return 0
 
 
 @command
 def visualize_main(argv: list[str]) -> int:
     """`visualize.py`, `cmlfa-visualize`: draw the ranked list of one caption."""
-    from cmlfa.visualize import main
+    flags = visualize_parser().parse_args(argv)
+    options = read_run(flags)
+    data = read_annotations(options, "test")
+    from cmlfa.visualize import visualize
 
-    return main(argv)
+    visualize(flags, options, data)
+    return 0
 
 
 @command
 def index_main(argv: list[str]) -> int:
     """`cmlfa-index`: compute the features of a folder of images once."""
+    flags = index_parser().parse_args(argv)
+    options = read_run(flags)
     from cmlfa.search import index
 
-    return index(argv)
+    index(flags, options)
+    return 0
 
 
 @command
 def search_main(argv: list[str]) -> int:
-    """`cmlfa-search`: find the images of an index that fit a sentence."""
+    """`cmlfa-search`: find the images of an index that match a sentence."""
+    flags = search_parser().parse_args(argv)
+    if not flags.text.strip():
+        raise InputError("--text is empty: describe the person to look for")
+    options = read_run(flags)
     from cmlfa.search import search
 
-    return search(argv)
+    search(flags, options)
+    return 0

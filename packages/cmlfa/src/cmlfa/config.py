@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from easydict import EasyDict
 
+from cmlfa.options import default_options, flag_problem
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
 
@@ -20,22 +22,8 @@ CONFIG_NAME = "configs.yaml"
 # Whether a pickled checkpoint may be trusted is decided anew for each command, never by a file that came with it.
 _NOT_SAVED = ("trust_checkpoint",)
 
-
 # Flags that may differ between a run and its continuation.
 _NOT_COMPARED = ("resume", "resume_ckpt_file", "output_dir", "local_rank", "training", *_NOT_SAVED)
-
-
-class Config(dict[str, Any]):
-    """A mapping whose keys are also attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the configuration has no flag {name!r}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
 
 
 class _TupleLoader(yaml.SafeLoader):
@@ -51,27 +39,25 @@ def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[Any, ...
 _TupleLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
-def load_train_configs(path: str | os.PathLike[str]) -> Config:
-    """Read the flags of a run.
+def load_train_configs(path: str | os.PathLike[str]) -> EasyDict:
+    """Read the flags of a run, as a mapping whose keys are also attributes.
 
     Values are returned as stored and unknown keys are kept; flags that the file lacks (files of the authors' code know
-    nothing of the project's additions) get their defaults, which are the released behaviour.
+    nothing of this project's flags) get their defaults, which are the released behaviour.
 
     Raises:
         InputError: the file is missing, is not a YAML mapping, or holds a value that its flag does not allow.
     """
-    from cmlfa.options import default_options, flag_problem
-
     stored = _read_mapping(Path(path))
     defaults = default_options()
     for name, value in stored.items():
         # PyYAML follows YAML 1.1, where 1e-5 (without a dot) is a string; people write it by hand.
         if isinstance(value, str) and isinstance(defaults.get(name), float):
             stored[name] = value = _number_or_text(value)
-        problem = flag_problem(str(name), value)
+        problem = flag_problem(name, value)
         if problem is not None:
             raise InputError(f"{path}: {name} {problem}; correct that line")
-    return Config({**defaults, **stored, **dict.fromkeys(_NOT_SAVED, False)})
+    return EasyDict({**defaults, **stored, **dict.fromkeys(_NOT_SAVED, False)})
 
 
 def save_train_configs(directory: str | os.PathLike[str], args: argparse.Namespace | Mapping[str, Any]) -> Path:
@@ -118,7 +104,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a {CONFIG_NAME} this program can read: {reason}") from error
     except RecursionError as error:
         raise InputError(f"{path} is not a {CONFIG_NAME} this program can read: it is nested too deeply") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         kind = "empty" if content is None else f"a {type(content).__name__}"
         raise InputError(
             f"{path} is {kind} instead of a mapping from flags to values: is it the {CONFIG_NAME} of a run?"

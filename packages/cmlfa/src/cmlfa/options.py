@@ -1,22 +1,29 @@
-"""The flags of `train.py`: the authors' flags with their names, types and defaults, and the project's additions.
+"""The flags of every command: those of `train.py` as a dataclass, from which their parser is made, then the other parsers.
 
-Every default of the package lives in this parser and nowhere else. Flags of one value are checked while parsing (exit
-status 2, as argparse does); `check_training_flags` checks what needs several flags at once.
+The authors' flags have their names, types and defaults. A flag of one value is checked while it is parsed (exit status
+2, as argparse does); `check_training_flags` checks what needs several flags at once.
 """
 
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-from cmlfa.model.settings import LFA_ATTENTION, LOSSES, PRECISIONS
+from cmlfa.model.settings import ADDED, AUTHORS, ModelSettings, flag, image_size, problem_of
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
+from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, number, whole_number
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 SCHEDULES = ("step", "exp", "poly", "cosine", "linear")
-DEVICES = ("auto", "cuda", "cpu")
+WARMUP_METHODS = ("linear", "constant")
+SAMPLERS = ("random", "identity")
+
+RUN = "run (the authors' flags)"
+SOLVER = "optimisation (the authors' flags)"
+DATA = "data (the authors' flags)"
 
 DESCRIPTION = """\
 Train CMLFA on CUHK-PEDES, ICFG-PEDES or RSTPReid.
@@ -36,35 +43,42 @@ The paper's command, run from packages/cmlfa:
   --id_loss_weight 0.5 \\
   --mlm_loss_weight 0.5
 
-A flag given twice keeps its last value, so a command can be adapted by appending to it.
+If a flag is given twice, its last value counts, so a command can be adapted by appending to it.
 The run directory <output_dir>/<dataset_name>/<date>_<time>_<name> receives configs.yaml, train_log.txt, TensorBoard
-events, best.pth (best R1) and last.pth (the state to go on from with --resume).
+events, best.pth (best R1) and last.pth (the state from which --resume continues).
 Several GPUs: torchrun --nproc_per_node=N train.py ... (each process takes a batch of its own and computes its own
 losses, so N processes of 64 are not one batch of 64*N).
 """
+TEST_DESCRIPTION = """\
+Evaluate a trained model on the test split of its data set.
 
+  python test.py --config_file 'path/to/model_dir/configs.yaml'
 
-def image_size(text: str) -> tuple[int, int]:
-    """`384,128`, `384 128` or `(384,128)`, height first."""
-    match = re.fullmatch(r"[\[(]?\s*(\d+)\s*[,x\s]\s*(\d+)\s*,?\s*[\])]?", text.strip())
-    if not match or not all(int(side) for side in match.groups()):
-        raise argparse.ArgumentTypeError(f"expects height,width in pixels such as 384,128, not {text!r}")
-    return int(match[1]), int(match[2])
+Prints the table of text-to-image retrieval and writes evaluation.json, cmc.png, ranked_list.png and test_log.txt into
+the run directory. On another data set than that of the training (zero-shot): --dataset_name ICFG-PEDES --root_dir ... With --lfa_attention batch (the released code) the features depend on the batch they are computed in,
+so the result depends on --test_batch_size.
+"""
+VISUALIZE_DESCRIPTION = """\
+Draw the ranked list of one caption of the test split, or of a sentence of your own:
 
+  python visualize.py --config_file 'path/to/model_dir/configs.yaml' --query_idx 3900
+  python visualize.py --config_file 'path/to/model_dir/configs.yaml' --caption "a woman in a red coat"
 
-def loss_names(text: str) -> str:
-    """A `+`-joined subset of the losses, kept as it was written."""
-    names = split_losses(text)
-    unknown = [name for name in names if name not in LOSSES]
-    if unknown or not names:
-        wrong = ", ".join(repr(name) for name in unknown) or "nothing"
-        raise argparse.ArgumentTypeError(f"expects losses out of {', '.join(LOSSES)} joined by '+', not {wrong}")
-    return text
+The picture is a row: the caption's own image (not for a sentence of your own), then the best images from left to right,
+framed green if they show the right person and red if not.
+"""
+INDEX_DESCRIPTION = """\
+Compute the features of all images in a folder once, for cmlfa-search:
 
+  cmlfa-index --config_file RUN/configs.yaml --images FOLDER --out gallery.safetensors
 
-def split_losses(text: str) -> list[str]:
-    """`'sdm + id'` -> `['sdm', 'id']`."""
-    return [name.strip() for name in text.split("+") if name.strip()]
+If the index exists already, only the images that it lacks are added.
+"""
+SEARCH_DESCRIPTION = """\
+Find the images of an index that match a sentence, best first:
+
+  cmlfa-search --config_file RUN/configs.yaml --index gallery.safetensors --text "a man with a red backpack"
+"""
 
 
 def optimizer_name(text: str) -> str:
@@ -72,7 +86,7 @@ def optimizer_name(text: str) -> str:
     for name in OPTIMIZERS:
         if text.lower() == name.lower():
             return name
-    raise argparse.ArgumentTypeError(f"expects one of {', '.join(OPTIMIZERS)}, not {text!r}")
+    raise argparse.ArgumentTypeError(f"must be one of {', '.join(OPTIMIZERS)}, not {text!r}")
 
 
 def run_name(text: str) -> str:
@@ -82,228 +96,239 @@ def run_name(text: str) -> str:
     return text
 
 
-class _ImageSize(argparse.Action):
-    """Accepts the two sides as one word or as two."""
+_run, _model, _solver, _data, _added = (partial(flag, group=group) for group in (RUN, AUTHORS, SOLVER, DATA, ADDED))
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        try:
-            setattr(namespace, self.dest, image_size(" ".join(values)))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
+
+@dataclass
+class Options(ModelSettings, argparse.Namespace):
+    """The flags of `train.py`, with those of the model; the only place of their defaults."""
+
+    name: str = _run("baseline", "name of the run, end of its folder's name", type=run_name)
+    output_dir: str = _run("logs", "root of the run directories")
+    log_period: int = _run(100, "iterations between two log lines", type=whole_number(1))
+    eval_period: int = _run(1, "epochs between two evaluations", type=whole_number(1))
+    val_dataset: str = _run(
+        "test",
+        "split evaluated during training: 'val' is the validation split, anything else the test split "
+        "(the released recipe selects its best epoch on the test split)",
+    )
+    resume: bool = _run(False, "continue an interrupted run; alone: the newest of --name")
+    resume_ckpt_file: str = _run("", "checkpoint to continue from, together with --resume")
+    local_rank: int = _run(
+        0,
+        "GPU of this process under an old launcher; torchrun's LOCAL_RANK takes precedence",
+        names=("--local_rank", "--local-rank"),
+        type=whole_number(0),
+    )
+    training: bool = _run(True, "mark the flags as those of a test", names=("--test",))
+
+    img_aug: bool = _model(False, "augment training images (flip, pad and crop, erase)")
+    masked_token_rate: float = _model(0.8, "accepted; the released code ignores it", type=float)
+    masked_token_unchanged_rate: float = _model(0.1, "accepted; the released code ignores it", type=float)
+    lr_factor: float = _model(
+        5.0, "learning-rate factor of the cross-modal modules, the classifier and the MLM head", type=number(0)
+    )
+    MLM: bool = _model(False, "load captions with masked tokens; needed by the loss 'mlm'")
+
+    optimizer: str = _solver("Adam", "Adam has eps 1e-3", type=optimizer_name, metavar="{SGD,Adam,AdamW}")
+    lr: float = _solver(1e-5, "base learning rate", type=number(0))
+    bias_lr_factor: float = _solver(2.0, "learning-rate factor of the biases", type=number(0))
+    momentum: float = _solver(0.9, "of SGD", type=number(0))
+    weight_decay: float = _solver(4e-5, "of weights", type=number(0))
+    weight_decay_bias: float = _solver(0.0, "of biases", type=number(0))
+    alpha: float = _solver(0.9, "first beta of Adam", type=number(0, 1))
+    beta: float = _solver(0.999, "second beta of Adam", type=number(0, 1))
+    num_epoch: int = _solver(60, "epochs of the whole run", type=whole_number(1))
+    milestones: tuple[int, ...] = _solver((20, 50), "epochs of the step schedule", type=whole_number(0), nargs="+")
+    gamma: float = _solver(0.1, "factor of the step schedule at each milestone", type=number())
+    warmup_factor: float = _solver(0.1, "learning-rate factor of the first epoch", type=number(0))
+    warmup_epochs: int = _solver(5, "epochs of warm-up", type=whole_number(0))
+    warmup_method: str = _solver("linear", "shape of the warm-up", choices=WARMUP_METHODS)
+    lrscheduler: str = _solver("cosine", "schedule after the warm-up", choices=SCHEDULES)
+    target_lr: float = _solver(0, "last learning rate of cosine and poly", type=number(0))
+    power: float = _solver(0.9, "of exp and poly", type=number())
+
+    dataset_name: str = _data("CUHK-PEDES", "data set", choices=DATASET_NAMES)
+    sampler: str = _data(
+        "random",
+        "random: every caption once per epoch; identity: --num_instance captions of each person in a batch",
+        choices=SAMPLERS,
+    )
+    num_instance: int = _data(4, "captions per person (identity sampler)", type=whole_number(1))
+    root_dir: str = _data("./data", "folder that holds the data set's folder")
+    batch_size: int = _data(128, "of training, and of evaluation during training", type=whole_number(1))
+    test_batch_size: int = _data(512, "of test.py", type=whole_number(1))
+    num_workers: int = _data(8, "processes that load the data", type=whole_number(0))
+
+    clean_captions: bool = _added(
+        False,
+        "with --MLM: train SDM, ITC and ID on the unmasked captions (paper), not on the masked ones (released code)",
+    )
+    seed: int = _added(1, "seed of the first process; process r uses seed+r", type=whole_number(0))
+    bad_images: str = _added(
+        "stop",
+        "a training image that cannot be read ends the run, or the next sample takes its place (they are counted)",
+        names=("--bad_images", "--bad-images"),
+        choices=BAD_IMAGES,
+    )
+    trust_checkpoint: bool = _added(
+        False,
+        "read a checkpoint that only Python's pickle can read; such a file can run any code, so only use this for "
+        "files whose source you trust",
+        names=("--trust_checkpoint", "--trust-checkpoint"),
+    )
+
+    @property
+    def validation_split(self) -> str:
+        """The split evaluated during training, `val` or `test`."""
+        return "val" if self.val_dataset == "val" else "test"
+
+
+_OPTIONS = {option.name: option for option in fields(Options)}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `train.py`; `get_args` uses it, and `cmlfa.config` takes the defaults from it."""
+    """The parser of `train.py`; it fills an `Options`."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False)
-    run = parser.add_argument_group("run (the authors' flags)")
-    run.add_argument("--name", type=run_name, default="baseline", help="name of the run, end of its folder's name")
-    run.add_argument("--output_dir", default="logs", help="root of the run directories")
-    run.add_argument("--log_period", type=whole_number(1), default=100, help="iterations between two log lines")
-    run.add_argument("--eval_period", type=whole_number(1), default=1, help="epochs between two evaluations")
-    run.add_argument(
-        "--val_dataset",
-        default="test",
-        help="split evaluated during training: 'val' is the validation split, anything else the test split "
-        "(the released recipe selects its best epoch on the test split)",
-    )
-    run.add_argument("--resume", action="store_true", help="go on with an interrupted run; alone: the newest of --name")
-    run.add_argument("--resume_ckpt_file", default="", help="checkpoint to go on from, together with --resume")
-    run.add_argument(
-        "--local_rank",
-        "--local-rank",
-        type=whole_number(0),
-        default=0,
-        help="GPU of this process under an old launcher; torchrun's LOCAL_RANK wins",
-    )
-    run.add_argument(
-        "--test", dest="training", default=True, action="store_false", help="mark the flags as those of a test"
-    )
-
-    model = parser.add_argument_group("model (the authors' flags)")
-    model.add_argument("--pretrain_choice", default="ViT-B/16", help="OpenAI CLIP by name, or a .pt/.safetensors file")
-    model.add_argument("--temperature", type=number(0, above=True), default=0.02, help="of all similarities; constant")
-    model.add_argument("--img_aug", action="store_true", help="augment training images (flip, pad and crop, erase)")
-    model.add_argument("--cmt_depth", type=whole_number(1), default=4, help="layers of the cross-modal transformer")
-    model.add_argument("--masked_token_rate", type=float, default=0.8, help="accepted; the released code ignores it")
-    model.add_argument(
-        "--masked_token_unchanged_rate", type=float, default=0.1, help="accepted; the released code ignores it"
-    )
-    model.add_argument(
-        "--lr_factor",
-        type=number(0),
-        default=5.0,
-        help="learning-rate factor of the cross-modal modules, the classifier and the MLM head",
-    )
-    model.add_argument("--MLM", action="store_true", help="load captions with masked tokens; needed by the loss 'mlm'")
-    model.add_argument(
-        "--loss_names", type=loss_names, default="sdm+id+mlm", help=f"losses out of {', '.join(LOSSES)} joined by '+'"
-    )
-    model.add_argument("--mlm_loss_weight", type=number(0), default=1.0, help="weight of the masked-language loss")
-    model.add_argument(
-        "--id_loss_weight",
-        type=number(0),
-        default=0.5,
-        help="weight of the identity loss (the released code ignores its flag and always uses 0.5)",
-    )
-    model.add_argument(
-        "--img_size", nargs="+", action=_ImageSize, default=(384, 128), metavar="H,W", help="image height and width"
-    )
-    model.add_argument("--stride_size", type=whole_number(1), default=16, help="stride of the image patches")
-    model.add_argument("--text_length", type=whole_number(3), default=77, help="tokens per caption")
-    model.add_argument("--vocab_size", type=whole_number(1), default=49408, help="size of the MLM head")
-
-    solver = parser.add_argument_group("optimisation (the authors' flags)")
-    solver.add_argument(
-        "--optimizer", type=optimizer_name, default="Adam", metavar="{SGD,Adam,AdamW}", help="Adam has eps 1e-3"
-    )
-    solver.add_argument("--lr", type=number(0), default=1e-5, help="base learning rate")
-    solver.add_argument("--bias_lr_factor", type=number(0), default=2.0, help="learning-rate factor of the biases")
-    solver.add_argument("--momentum", type=number(0), default=0.9, help="of SGD")
-    solver.add_argument("--weight_decay", type=number(0), default=4e-5, help="of weights")
-    solver.add_argument("--weight_decay_bias", type=number(0), default=0.0, help="of biases")
-    solver.add_argument("--alpha", type=number(0, 1), default=0.9, help="first beta of Adam")
-    solver.add_argument("--beta", type=number(0, 1), default=0.999, help="second beta of Adam")
-    solver.add_argument("--num_epoch", type=whole_number(1), default=60, help="epochs of the whole run")
-    solver.add_argument(
-        "--milestones", type=whole_number(0), nargs="+", default=(20, 50), help="epochs of the step schedule"
-    )
-    solver.add_argument("--gamma", type=number(), default=0.1, help="factor of the step schedule at each milestone")
-    solver.add_argument("--warmup_factor", type=number(0), default=0.1, help="learning-rate factor of the first epoch")
-    solver.add_argument("--warmup_epochs", type=whole_number(0), default=5, help="epochs of warm-up")
-    solver.add_argument(
-        "--warmup_method", choices=("linear", "constant"), default="linear", help="shape of the warm-up"
-    )
-    solver.add_argument("--lrscheduler", choices=SCHEDULES, default="cosine", help="schedule after the warm-up")
-    solver.add_argument("--target_lr", type=number(0), default=0, help="last learning rate of cosine and poly")
-    solver.add_argument("--power", type=number(), default=0.9, help="of exp and poly")
-
-    data = parser.add_argument_group("data (the authors' flags)")
-    data.add_argument("--dataset_name", choices=DATASET_NAMES, default="CUHK-PEDES", help="data set")
-    data.add_argument(
-        "--sampler",
-        choices=("random", "identity"),
-        default="random",
-        help="random: every caption once per epoch; identity: --num_instance captions of each person in a batch",
-    )
-    data.add_argument("--num_instance", type=whole_number(1), default=4, help="captions per person (identity sampler)")
-    data.add_argument("--root_dir", default="./data", help="folder that holds the data set's folder")
-    data.add_argument(
-        "--batch_size", type=whole_number(1), default=128, help="of training, and of evaluation during training"
-    )
-    data.add_argument("--test_batch_size", type=whole_number(1), default=512, help="of test.py")
-    data.add_argument("--num_workers", type=whole_number(0), default=8, help="processes that load the data")
-
-    ours = parser.add_argument_group("additions of this project (the defaults reproduce the released code)")
-    ours.add_argument(
-        "--lfa_attention",
-        choices=LFA_ATTENTION,
-        default="batch",
-        help="what the shared transformer attends over: the samples of the batch (released code: features depend on "
-        "the batch they are computed in) or the prototypes' slots of one sample (the paper's figure)",
-    )
-    ours.add_argument(
-        "--clean_captions",
-        action="store_true",
-        help="with --MLM: train SDM, ITC and ID on the unmasked captions (paper), not on the masked ones (released code)",
-    )
-    ours.add_argument("--itc_loss_weight", type=number(0), default=5.0, help="weight of the ITC loss")
-    ours.add_argument("--num_prototypes", type=whole_number(1), default=9, help="learnable prototypes (LFA)")
-    ours.add_argument("--lfa_layers", type=whole_number(1), default=6, help="layers of the shared transformer")
-    ours.add_argument("--lfa_heads", type=whole_number(1), default=8, help="heads of the shared transformer")
-    ours.add_argument("--lfa_dropout", type=number(0, 1), default=0.3, help="drop-out of the LFA's feed-forward block")
-    ours.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="auto: fp16 weights on a GPU as released, fp32 on the CPU; amp: fp32 weights under autocast",
-    )
-    ours.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one")
-    ours.add_argument(
-        "--seed", type=whole_number(0), default=1, help="seed of the first process; process r uses seed+r"
-    )
-    add_bad_images_flag(ours)
-    add_trust_flag(ours)
+    groups = {title: parser.add_argument_group(title) for title in (RUN, AUTHORS, SOLVER, DATA, ADDED)}
+    for option in _OPTIONS.values():
+        _add(groups[option.metadata["group"]], option.name, default=option.default)
     return parser
 
 
-def add_trust_flag(group: Any) -> None:
-    """`--trust_checkpoint`, shared by every command that reads a checkpoint."""
-    group.add_argument(
-        "--trust_checkpoint",
-        "--trust-checkpoint",
-        action="store_true",
-        help="read a checkpoint that only Python's pickle can read; such a file can run any code, so only use this for "
-        "files whose source you trust",
-    )
+def _add(group: Any, name: str, **changes: Any) -> None:
+    """Add the flag of an option to a parser; `changes` override its settings."""
+    settings = {**_OPTIONS[name].metadata["argparse"], **changes}
+    names = settings.pop("names", (f"--{name}",))
+    if isinstance(_OPTIONS[name].default, bool):
+        settings["action"] = "store_false" if _OPTIONS[name].default else "store_true"
+    group.add_argument(*names, dest=name, **settings)
 
 
-def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def get_args(argv: Sequence[str] | None = None) -> Options:
     """Parse the flags of a training run; `argv=[]` gives every default, `None` the command line."""
-    args = build_parser().parse_args(argv)
-    args.milestones = tuple(args.milestones)
-    return args
+    parser = build_parser()
+    options = parser.parse_args(argv, Options())
+    options.milestones = tuple(options.milestones)
+    try:  # one word or two
+        options.img_size = image_size(" ".join(map(str, options.img_size)))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --img_size: {error}")
+    return options
 
 
 def default_options() -> dict[str, Any]:
     """Every flag with its default."""
-    return vars(get_args([]))
+    return vars(Options())
 
 
 def flag_problem(name: str, value: Any) -> str | None:
     """Why `value` cannot be the value of flag `name`, or None; used for values that come from a file."""
-    action = next((action for action in build_parser()._actions if action.dest == name), None)
-    if action is None:
-        return None
-    if isinstance(action.default, bool):
-        return None if isinstance(value, bool) else f"expects true or false, not {value!r}"
-    if isinstance(action.default, tuple):
-        if not isinstance(value, (list, tuple)) or any(type(part) is not int for part in value):
-            return f"expects a list of whole numbers, not {value!r}"
-        parse = image_size if name == "img_size" else None
-        text = ",".join(str(part) for part in value)
-    else:
-        if isinstance(value, (list, dict, bool)) or value is None:
-            return f"expects a single value, not {value!r}"
-        parse, text = action.type, str(value)
-    try:
-        if callable(parse):
-            parse(text)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        return str(error)
-    if action.choices is not None and value not in action.choices:
-        return f"expects one of {', '.join(map(str, action.choices))}, not {value!r}"
-    return None
+    return problem_of(_OPTIONS[name], value) if name in _OPTIONS else None
 
 
-def check_training_flags(args: argparse.Namespace) -> None:
+def check_training_flags(options: Options) -> None:
     """Refuse combinations of flags that cannot be trained, before anything is loaded or written.
 
     Raises:
         InputError: one sentence naming the flags and the remedy.
     """
-    losses = split_losses(args.loss_names)
-    if not args.training:
+    if not options.training:
         raise InputError(
             "--test asks for an evaluation, which train.py does not do: run test.py --config_file "
             "<run directory>/configs.yaml"
         )
-    if "mlm" in losses and not args.MLM:
+    if "mlm" in options.losses and not options.MLM:
         raise InputError(
-            f"--loss_names {args.loss_names} contains mlm, which needs the masked captions of --MLM: add --MLM, or "
+            f"--loss_names {options.loss_names} contains mlm, which needs the masked captions of --MLM: add --MLM, or "
             "remove mlm from --loss_names"
         )
-    if args.sampler == "identity":
-        if args.num_instance > args.batch_size:
-            raise InputError(
-                f"--num_instance {args.num_instance} is larger than --batch_size {args.batch_size}: the identity "
-                "sampler needs at least one person per batch"
-            )
-        if args.batch_size % args.num_instance:
-            raise InputError(
-                f"--batch_size {args.batch_size} is not a multiple of --num_instance {args.num_instance}, as the "
-                "identity sampler needs"
-            )
-    if list(args.milestones) != sorted(args.milestones):
-        raise InputError(f"--milestones {' '.join(map(str, args.milestones))} must be in ascending order")
-    if args.resume_ckpt_file and not args.resume:
-        raise InputError(f"--resume_ckpt_file {args.resume_ckpt_file} has no effect without --resume: add --resume")
+    if options.sampler == "identity" and options.batch_size % options.num_instance:
+        raise InputError(
+            f"--batch_size {options.batch_size} is not a multiple of --num_instance {options.num_instance}, as the "
+            "identity sampler needs"
+        )
+    if list(options.milestones) != sorted(options.milestones):
+        raise InputError(f"--milestones {' '.join(map(str, options.milestones))} must be in ascending order")
+    if options.resume_ckpt_file and not options.resume:
+        raise InputError(f"--resume_ckpt_file {options.resume_ckpt_file} has no effect without --resume: add --resume")
+
+
+# The commands that start from a trained model. Their flags that override what the model was trained with have no default.
+OVERRIDES = ("device", "precision", "dataset_name", "root_dir", "test_batch_size", "num_workers")
+
+
+def test_parser() -> argparse.ArgumentParser:
+    """The parser of `test.py`."""
+    parser = _parser_of_a_run(None, TEST_DESCRIPTION, "dataset_name", "root_dir", "test_batch_size", "num_workers")
+    parser.add_argument("--i2t", action="store_true", help="evaluate image-to-text retrieval too")
+    parser.add_argument(
+        "--report_dir",
+        help="where to write the results (default: the run directory; for another data set than that of the training, a "
+        "folder of its name in the run directory)",
+    )
+    return parser
+
+
+def visualize_parser() -> argparse.ArgumentParser:
+    """The parser of `visualize.py`."""
+    parser = _parser_of_a_run(None, VISUALIZE_DESCRIPTION, "dataset_name", "root_dir", "test_batch_size", "num_workers")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--query_idx",
+        type=whole_number(0),
+        default=3900,
+        help="caption of the test split, from 0 (default: 3900 or last)",
+    )
+    choice.add_argument("--caption", help="a sentence of your own")
+    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show (default: 10)")
+    parser.add_argument("--output", default="ui.png", help="picture to write (default: ui.png)")
+    return parser
+
+
+def index_parser() -> argparse.ArgumentParser:
+    """The parser of `cmlfa-index`."""
+    parser = _parser_of_a_run("cmlfa-index", INDEX_DESCRIPTION, "num_workers")
+    _add(
+        parser,
+        "test_batch_size",
+        names=("--test_batch_size", "--batch_size"),
+        help="images encoded at once (default: as stored)",
+    )
+    parser.add_argument("--images", required=True, help="folder of images, searched with its sub-folders")
+    parser.add_argument(
+        "--out", default="gallery.safetensors", help="index to write or to complete (default: %(default)s)"
+    )
+    return parser
+
+
+def search_parser() -> argparse.ArgumentParser:
+    """The parser of `cmlfa-search`."""
+    parser = _parser_of_a_run("cmlfa-search", SEARCH_DESCRIPTION)
+    parser.add_argument("--index", default="gallery.safetensors", help="index of cmlfa-index (default: %(default)s)")
+    parser.add_argument("--text", required=True, help="the person to look for")
+    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show (default: %(default)s)")
+    parser.add_argument("--output", default="hits.png", help="picture to write (default: %(default)s)")
+    return parser
+
+
+def _parser_of_a_run(name: str | None, description: str, *overrides: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config_file", help="the configs.yaml of a run directory, written by train.py")
+    parser.add_argument("--checkpoint", help="weights to use (default: best.pth of the run directory)")
+    _add(parser, "trust_checkpoint")
+    for override in ("device", "precision", *overrides):
+        _add(parser, override, help=f"{_OVERRIDE_HELP[override]} (default: as trained)")
+    return parser
+
+
+_OVERRIDE_HELP = {
+    "device": "where to compute",
+    "precision": "of the weights",
+    "dataset_name": "data set to test on",
+    "root_dir": "folder that holds the data set's folder",
+    "test_batch_size": "images or captions encoded at once",
+    "num_workers": "processes that load the data",
+}

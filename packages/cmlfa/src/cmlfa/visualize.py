@@ -4,19 +4,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cmlfa.preflight import check_data
-from cmlfa.trained import add_run_flags, open_trained, read_run
-from tbps_common.run.arguments import whole_number
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.nn.functional import normalize
 
-DESCRIPTION = """\
-Draw the ranked list of one caption of the test split, or of a sentence of your own:
-
-  python visualize.py --config_file 'path/to/model_dir/configs.yaml' --query_idx 3900
-  python visualize.py --config_file 'path/to/model_dir/configs.yaml' --caption "a woman in a red coat"
-
-The picture is a row of the caption's own image (not for a sentence of your own) and the best images from left to right,
-framed green if they show the right person and red if not.
-"""
+from cmlfa.datasets import build_dataloader, tokenize
+from cmlfa.datasets.tokenizer import shared_tokenizer
+from cmlfa.metrics import Evaluator
+from cmlfa.options import Options
+from cmlfa.trained import open_trained
+from tbps_common.datasets.raw import RawDataset
+from tbps_common.errors import InputError
+from tbps_common.files import atomic_path
+from tbps_common.images import read_image
+from tbps_common.ranking import similarity
 
 # Each picture of the row is shown in this size (width, height), with the frame colours of the released figure.
 PICTURE_SIZE = (128, 256)
@@ -24,37 +26,27 @@ RIGHT, WRONG = "lawngreen", "red"
 DOTS_PER_INCH = 300
 
 
-def main(argv: list[str]) -> int:
-    """Parse, load, rank, draw, and print what was found."""
-    flags = _parse(argv)
-    args = read_run(flags, ("root_dir", "test_batch_size", "num_workers"))
-    data = check_data(args.dataset_name, args.root_dir, split="test", training=False)
-    trained = open_trained(flags, args)
+def visualize(flags: argparse.Namespace, options: Options, data: RawDataset) -> None:
+    """Rank the test images for a caption or a sentence, draw the best ones, and print what was found.
 
-    import torch
-
-    from cmlfa.datasets import build_dataloader, tokenize
-    from cmlfa.datasets.items import shared_tokenizer
-    from cmlfa.metrics import Evaluator
-    from tbps_common.ranking import similarity
-
-    image_loader, text_loader, _ = build_dataloader(args)
+    Args:
+        flags: of `visualize_parser`.
+        options: of the run, from `read_run`.
+        data: the annotations of its data set.
+    """
+    trained = open_trained(flags, options)
+    image_loader, text_loader, _ = build_dataloader(options, data)
     images, texts = image_loader.dataset, text_loader.dataset
-    query = None
-    if flags.caption is None:
-        query = min(flags.query_idx, len(texts) - 1)
-    else:
-        ids = tokenize(flags.caption, shared_tokenizer(), args.text_length)
-        text_loader = [(torch.tensor([-1]), ids[None])]  # a sentence of one's own is a batch of one
+    query = min(flags.query_idx, len(texts) - 1)
+    if flags.caption is not None:
+        ids = tokenize(flags.caption, shared_tokenizer(), options.text_length)
+        text_loader, query = [(torch.tensor([-1]), ids[None])], 0  # a sentence of one's own is a batch of one
 
-    evaluator = Evaluator(image_loader, text_loader)
-    captions, gallery, _, _ = evaluator.compute_embedding(trained.model)
-    normalize = torch.nn.functional.normalize
-    wanted = normalize(captions[query or 0][None], dim=1)
-    scores = similarity(wanted, normalize(gallery, dim=1))[0].cpu()
+    captions, gallery, _, _ = Evaluator(image_loader, text_loader).compute_embedding(trained.model)
+    scores = similarity(normalize(captions[query][None], dim=1), normalize(gallery, dim=1))[0].cpu()
     best = scores.argsort(descending=True, stable=True)[: flags.topk].tolist()
 
-    if query is None:
+    if flags.caption is not None:
         print(f"caption: {flags.caption}")
         person, truth = None, None
     else:
@@ -67,7 +59,6 @@ def main(argv: list[str]) -> int:
     matches = [None if person is None else images.image_pids[place] == person for place in best]
     draw_row(flags.output, truth, [(images.img_paths[place], match) for place, match in zip(best, matches)])
     print(f"wrote {flags.output}")
-    return 0
 
 
 def draw_row(path: str | Path, truth: str | None, hits: list[tuple[str, bool | None]]) -> None:
@@ -82,13 +73,6 @@ def draw_row(path: str | Path, truth: str | None, hits: list[tuple[str, bool | N
         DatasetError: an image cannot be read.
         InputError: matplotlib knows no format of that suffix.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from tbps_common.errors import InputError
-    from tbps_common.files import atomic_path
-    from tbps_common.images import read_image
-
     row: list[tuple[str, bool | None]] = ([(truth, None)] if truth is not None else []) + hits
     figure = Figure(figsize=(1.1 * len(row), 2.2), layout="constrained")
     suffix = Path(path).suffix[1:].lower()
@@ -114,27 +98,4 @@ def _image_of_caption(records: list[dict[str, Any]], query: int) -> int:
         query -= len(record["captions"])
         if query < 0:
             return position
-    raise IndexError("there is no caption of that number")
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_run_flags(parser)
-    parser.add_argument("--root_dir", help="folder that holds the data set's folder (default: as trained)")
-    parser.add_argument("--test_batch_size", type=whole_number(1), help="default: as stored")
-    parser.add_argument(
-        "--num_workers", type=whole_number(0), help="processes that load the data (default: as trained)"
-    )
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--query_idx",
-        type=whole_number(0),
-        default=3900,
-        help="caption of the test split, from 0 (default: 3900 or last)",
-    )
-    choice.add_argument("--caption", help="a sentence of your own")
-    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show (default: 10)")
-    parser.add_argument("--output", default="ui.png", help="picture to write (default: ui.png)")
-    return parser.parse_args(argv)
+    raise IndexError("there is no caption with that number")

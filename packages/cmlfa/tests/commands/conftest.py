@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,6 +64,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with 6 training, 3 validation and 4 test ids, two images each."""
     root = tmp_path_factory.mktemp("world")
     write_world(root, {"train": 6, "val": 3, "test": 4})
+    return root
+
+
+@pytest.fixture(scope="session")
+def other_world(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the same pictures as ICFG-PEDES, with one training id less."""
+    root = tmp_path_factory.mktemp("other")
+    shutil.copytree(world / "CUHK-PEDES" / "imgs", root / "ICFG-PEDES" / "imgs")
+    records = json.loads((world / "CUHK-PEDES" / "reid_raw.json").read_text(encoding="utf-8"))
+    kept = [record for record in records if record["id"] != 1]
+    (root / "ICFG-PEDES" / "ICFG_PEDES.json").write_text(json.dumps(kept), encoding="utf-8")
     return root
 
 

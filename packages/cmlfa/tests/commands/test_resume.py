@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -156,7 +157,7 @@ def test_killed_run_goes_on_exactly(
     """SIGKILL at random moments and while a checkpoint is being written, until a run gets through."""
     flags = train_flags(tmp_path, *EPOCHS)
     context = multiprocessing.get_context("forkserver")  # a child starts at once: the server has imported everything
-    context.set_forkserver_preload(["cmlfa.training.start", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["cmlfa.train"])
     moments = random.Random(0)
     parent = tmp_path / "CUHK-PEDES"
     kills = {"at a random moment": 0, "inside a save": 0}
@@ -284,3 +285,65 @@ def test_resume_without_a_checkpoint_names_where_it_looked(
     missing = tmp_path / "nothing.pth"
     assert train_main([*train_flags(tmp_path), "--resume", "--resume_ckpt_file", str(missing)]) == 2
     assert str(missing) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lrscheduler", "cosine", "--warmup_epochs", "0"],
+        ["--lrscheduler", "poly", "--warmup_epochs", "3", "--lr", "5e-4", "--target_lr", "1e-5"],
+        ["--lrscheduler", "step", "--warmup_epochs", "1", "--milestones", "2", "3", "--bias_lr_factor", "3"],
+    ],
+    ids=["cosine", "another rate and warm-up", "other milestones"],
+)
+def test_remaining_epochs_use_the_rates_of_todays_flags(
+    flags: list[str], tmp_path: Path, train_flags: Callable[..., list[str]], only_run: Callable[[Path], Path]
+) -> None:
+    """A run that is resumed with more epochs, or other flags, has from there on the rates of a fresh run with these."""
+    common = ["--lr", "1e-3", "--eval_period", "9", "--loss_names", "sdm", "--batch_size", "24", "--optimizer", "SGD"]
+    first = train_flags(tmp_path / "two", *common, "--warmup_epochs", "0", "--num_epoch", "2")
+    longer = [*common, *flags, "--num_epoch", "4"]
+    assert train_main(first) == 0
+    assert train_main([*train_flags(tmp_path / "two", *longer), "--resume"]) == 0
+    assert train_main(train_flags(tmp_path / "fresh", *longer)) == 0
+
+    def stored(name: str) -> Any:
+        return torch.load(only_run(tmp_path / name) / "last.pth", weights_only=True)
+
+    def logged(name: str) -> list[str]:
+        log = (only_run(tmp_path / name) / "train_log.txt").read_text(encoding="utf-8")
+        return re.findall(r"Epoch\[[34]\].* Base Lr: (\S+)", log)
+
+    assert len(logged("two")) == 2
+    assert logged("two") == logged("fresh")
+    assert stored("two")["scheduler"]["_last_lr"] == stored("fresh")["scheduler"]["_last_lr"]
+    rates = [[group["lr"] for group in stored(name)["optimizer"]["param_groups"]] for name in ("two", "fresh")]
+    assert rates[0] == rates[1]
+
+
+def test_run_on_another_data_set_starts_from_the_weights_and_leaves_the_first_run_alone(
+    trained_run: Path,
+    other_world: Path,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    only_run: Callable[[Path], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "CUHK-PEDES" / trained_run.name
+    shutil.copytree(trained_run, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    other = ["--dataset_name", "ICFG-PEDES", "--root_dir", str(other_world), "--num_epoch", "1"]
+    best = str(run / "best.pth")
+    assert train_main([*train_flags(tmp_path, *other), "--resume", "--resume_ckpt_file", best]) == 2
+    told = capsys.readouterr().err
+    assert "CUHK-PEDES" in told and f"--pretrain_choice {best}" in told
+
+    # A learning rate of 0 shows what the run started from.
+    assert train_main(train_flags(tmp_path / "new", *other, "--pretrain_choice", best, "--lr", "0")) == 0
+    log = capsys.readouterr().out
+    assert log.count("classifier.weight") == 1  # five persons instead of six
+    found = torch.load(only_run(tmp_path / "new") / "last.pth", weights_only=True)["model"]
+    start = torch.load(best, weights_only=True)["model"]
+    assert all(torch.equal(found[name], start[name]) for name in start if not name.startswith("classifier."))
+    assert len(found["classifier.weight"]) == 5 and len(start["classifier.weight"]) == 6
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before

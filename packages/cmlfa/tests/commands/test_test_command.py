@@ -130,6 +130,22 @@ def test_another_attention_axis_gives_another_result(own_run: Path) -> None:
     assert fingerprints[0][1] != fingerprints[1][1]
 
 
+def test_another_data_set_is_tested_beside_the_results_of_the_first(own_run: Path, other_world: Path) -> None:
+    flags = ["--config_file", str(own_run / "configs.yaml")]
+    assert run_test(flags) == 0
+    before = {path.name: path.read_bytes() for path in own_run.iterdir() if path.is_file()}
+    assert run_test([*flags, "--dataset_name", "ICFG-PEDES", "--root_dir", str(other_world)]) == 0
+    assert {path.name: path.read_bytes() for path in own_run.iterdir() if path.is_file()} == before
+    report = read_evaluation(own_run / "ICFG-PEDES" / "evaluation.json")
+    assert report["dataset"] == "ICFG-PEDES"
+    assert {path.name for path in (own_run / "ICFG-PEDES").iterdir()} == {
+        "evaluation.json",
+        "cmc.png",
+        "ranked_list.png",
+        "test_log.txt",
+    }
+
+
 @pytest.mark.parametrize(("items", "count", "chosen"), [(10, 2, [2, 7]), (3, 5, [0, 1, 2]), (0, 2, []), (5, 1, [2])])
 def test_spread_takes_evenly(items: int, count: int, chosen: list[int]) -> None:
     assert spread(range(items), count) == chosen

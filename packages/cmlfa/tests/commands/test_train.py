@@ -13,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cmlfa import build_model, get_args
 from cmlfa.cli import train_main
 from cmlfa.datasets import build_dataloader
+from cmlfa.run_directory import create_run_directory
 from cmlfa.solver import build_lr_scheduler, build_optimizer
-from cmlfa.training.meters import Meters
+from cmlfa.train import shown_averages, update_meters
+from tbps_common.run.meters import Meters
 from tbps_common.run.randomness import seed_everything
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \S+ [A-Z]+: ")
@@ -171,8 +173,6 @@ def test_diverged_run_stops_and_names_the_last_good_checkpoint(
 
 
 def test_two_runs_within_a_second_get_directories_of_their_own(tmp_path: Path) -> None:
-    from cmlfa.training.run_directory import create_run_directory
-
     args = get_args(["--output_dir", str(tmp_path)])
     first, second = create_run_directory(args), create_run_directory(args)
     assert first != second
@@ -181,11 +181,13 @@ def test_two_runs_within_a_second_get_directories_of_their_own(tmp_path: Path) -
 
 def test_meters_average_by_batch_size_but_mask_accuracy_by_batch() -> None:
     meters = Meters()
-    meters.update({"loss": torch.tensor(1.0), "mlm_acc": torch.tensor(0.5), "img_acc": torch.tensor(0.0)}, 4)
-    meters.update({"loss": torch.tensor(4.0), "mlm_acc": torch.tensor(1.0), "temperature": torch.tensor(9.0)}, 2)
-    assert meters.averages() == {"loss": 2.0, "mlm_acc": 0.75}  # averages of zero are not shown
+    first = {"loss": torch.tensor(1.0), "mlm_acc": torch.tensor(0.5), "img_acc": torch.tensor(0.0)}
+    update_meters(meters, first, batch_size=4)
+    second = {"loss": torch.tensor(4.0), "mlm_acc": torch.tensor(1.0), "temperature": torch.tensor(9.0)}
+    update_meters(meters, second, batch_size=2)
+    assert shown_averages(meters) == {"loss": 2.0, "mlm_acc": 0.75}  # averages of zero are not shown
     copied = Meters()
-    copied.load_state_dict(meters.state_dict(), torch.device("cpu"))
+    copied.load_state_dict(meters.state_dict())
     for each in (meters, copied):
-        each.update({"loss": torch.tensor(math.pi)}, 3)
-    assert copied.averages() == meters.averages()
+        update_meters(each, {"loss": torch.tensor(math.pi)}, batch_size=3)
+    assert shown_averages(copied) == shown_averages(meters)

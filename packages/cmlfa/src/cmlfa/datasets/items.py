@@ -1,7 +1,6 @@
 """What one index of a data set gives: training pairs, and the images and captions of evaluation."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,17 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cmlfa.datasets.masking import mask_tokens
-from cmlfa.datasets.tokenizer import SimpleTokenizer, tokenize
+from cmlfa.datasets.tokenizer import mask_tokens, shared_tokenizer, tokenize
 from tbps_common.images import read_image
 
 Transform = Callable[[Any], Any]
-
-
-@cache
-def shared_tokenizer() -> SimpleTokenizer:
-    """The tokenizer of this process; building it reads the vocabulary file, and its cache of words grows with use."""
-    return SimpleTokenizer()
 
 
 class ImageTextDataset(Dataset[dict[str, Any]]):

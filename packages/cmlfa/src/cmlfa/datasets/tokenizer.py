@@ -1,6 +1,9 @@
-"""CLIP's byte-level BPE with a mask token in place of the vocabulary's last merge."""
+"""Captions as token ids: CLIP's byte-level BPE with a mask token in place of its last merge, and the masking of words."""
 
+import random
 from collections.abc import Iterable
+from functools import cache
+from types import ModuleType
 
 import regex
 import torch
@@ -9,6 +12,9 @@ from torch import Tensor
 
 MASK, START, END = "<|mask|>", "<|startoftext|>", "<|endoftext|>"
 MASK_ID, START_ID, END_ID = 49405, 49406, 49407
+
+MASKED_SHARE = 0.15
+_REPLACEMENTS = range(1, MASK_ID)
 
 
 class SimpleTokenizer(ClipTokenizer):
@@ -39,6 +45,12 @@ class SimpleTokenizer(ClipTokenizer):
         return super().decode([int(token) for token in tokens])
 
 
+@cache
+def shared_tokenizer() -> SimpleTokenizer:
+    """The tokenizer of this process; building it reads the vocabulary file, and its cache of words grows with use."""
+    return SimpleTokenizer()
+
+
 def tokenize(caption: str, tokenizer: SimpleTokenizer, text_length: int = 77, truncate: bool = True) -> Tensor:
     """Token ids of one caption: start, pieces, end, then zeros.
 
@@ -60,3 +72,37 @@ def tokenize(caption: str, tokenizer: SimpleTokenizer, text_length: int = 77, tr
             raise RuntimeError(f"the caption has {len(ids)} tokens, more than the {text_length} allowed: {caption!r}")
         ids = [*ids[: text_length - 1], END_ID]
     return torch.tensor(ids + [0] * (text_length - len(ids)), dtype=torch.int64)
+
+
+def mask_tokens(ids: Tensor, rng: random.Random | ModuleType = random) -> tuple[Tensor, Tensor]:
+    """Mask 15 % of the words of a caption: 80 % become the mask token, 10 % a random token, 10 % stay.
+
+    Start, end, mask and padding are never chosen. When no word was, the one after the start token is masked, so every
+    caption has at least one label. The draws are those of the released code, in its order: one `random()` per word,
+    and one `choice` per random token.
+
+    Args:
+        ids: int64 `[L]` of one caption; not changed.
+        rng: the `random` module or a `random.Random`.
+
+    Returns:
+        The masked ids `[L]`, and the labels `[L]`: the original id where a word was chosen, 0 elsewhere.
+    """
+    tokens = ids.tolist()
+    labels = [0] * len(tokens)
+    for position, token in enumerate(tokens):
+        if not 0 < token < MASK_ID:
+            continue
+        draw = rng.random()
+        if draw >= MASKED_SHARE:
+            continue
+        draw /= MASKED_SHARE
+        if draw < 0.8:
+            tokens[position] = MASK_ID
+        elif draw < 0.9:
+            tokens[position] = rng.choice(_REPLACEMENTS)
+        labels[position] = token
+    if not any(labels):
+        labels[1] = tokens[1]
+        tokens[1] = MASK_ID
+    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)

@@ -1,10 +1,9 @@
-"""CLIP's two towers with all their output tokens, and the start weights: by OpenAI's name or from a file.
+"""CLIP's two towers with all their output tokens.
 
 The towers are open_clip's classes, whose parameters have the names and shapes of OpenAI's files. open_clip's own
 forward passes return only the pooled token, so the token-level passes are written out here.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.run.checkpoint import load_state_dict_strictly
 
 HEAD_WIDTH = 64
 
@@ -59,7 +59,7 @@ def clip_geometry(state: Mapping[str, Tensor], source: str, prefix: str = "") ->
         prefix: what precedes every name of the CLIP model.
 
     Raises:
-        CheckpointError: it is no CLIP model, or one of the ResNet variants, which have no token-level output.
+        CheckpointError: it is not a CLIP model, or is one of the ResNet variants, which have no token-level output.
     """
 
     def shape(name: str) -> torch.Size:
@@ -140,8 +140,6 @@ def load_start_weights(clip: CLIP, state: Mapping[str, Tensor], grid: tuple[int,
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    from tbps_common.run.checkpoint import load_state_dict_strictly
-
     wanted = clip.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in wanted}
     table = "visual.positional_embedding"
@@ -212,14 +210,3 @@ def text_tokens(clip: CLIP, ids: Tensor) -> Tensor:
     causal = cast(Tensor, clip.attn_mask)[:length, :length]
     tokens = clip.transformer(words.to(dtype) + positions.to(dtype), attn_mask=causal)
     return cast(nn.Module, clip.ln_final)(tokens) @ cast(Tensor, clip.text_projection)
-
-
-def read_start_weights(choice: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors of the CLIP model `--pretrain_choice` asks for: one of OpenAI's names (downloaded once) or a file.
-
-    Raises:
-        CheckpointError: unknown name, unreadable file, failed download.
-    """
-    from cmlfa.model.start_weights import find_start_weights, read_clip_file
-
-    return read_clip_file(find_start_weights(os.fspath(choice)))

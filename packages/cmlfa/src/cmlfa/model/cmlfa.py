@@ -14,11 +14,12 @@ from cmlfa.model.clip import (
     clip_geometry,
     image_tokens,
     load_start_weights,
-    read_start_weights,
     text_tokens,
 )
 from cmlfa.model.safl import SAFL
 from cmlfa.model.settings import ModelSettings
+from cmlfa.model.start_weights import read_start_weights
+from cmlfa.model.weights import load_but_heads
 from cmlfa.objectives import compute_cmpm, compute_id, compute_itc, compute_mlm, compute_sdm
 from tbps_common.errors import InputError
 
@@ -208,7 +209,7 @@ class CMLFA(nn.Module):
 
 
 def build_model(args: Any, num_classes: int = 11003, *, geometry: ClipGeometry | None = None) -> CMLFA:
-    """Build the network from flags, on the CPU, with CLIP's start weights loaded.
+    """Build the network from flags, on the CPU, with the start weights loaded: CLIP's, or a whole CMLFA checkpoint's.
 
     Args:
         args: namespace or mapping of flags (see `ModelSettings`); absent ones take their defaults.
@@ -223,16 +224,18 @@ def build_model(args: Any, num_classes: int = 11003, *, geometry: ClipGeometry |
         InputError: flags that contradict each other or the CLIP model.
         CheckpointError: the start weights cannot be found, read or fitted.
     """
-    settings = ModelSettings.from_args(args)
-    start = None
+    settings = ModelSettings.of(args)
+    source, start = settings.pretrain_choice, None
     if geometry is None:
-        start = read_start_weights(settings.pretrain_choice)
-        geometry = clip_geometry(start, settings.pretrain_choice)
+        start = read_start_weights(source)
+        trained_before = "base_model.visual.proj" in start
+        geometry = clip_geometry(start, source, prefix="base_model." if trained_before else "")
     _check_against_clip(settings, geometry)
     model = CMLFA(settings, geometry, num_classes)
-    if start is not None:
-        grid = geometry.grid(settings.img_size, settings.stride_size)
-        load_start_weights(model.base_model, start, grid, settings.pretrain_choice)
+    if start is not None and trained_before:
+        load_but_heads(model, start, source=source)
+    elif start is not None:
+        load_start_weights(model.base_model, start, geometry.grid(settings.img_size, settings.stride_size), source)
     if resolve_precision(settings.precision, settings.device) == "fp16":
         to_released_half(model)
     return model

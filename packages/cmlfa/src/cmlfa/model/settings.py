@@ -1,84 +1,144 @@
-"""What the flags decide about the network, checked before any weight is read."""
+"""What the flags decide about the network; and how a flag is declared: default, help and check in one place."""
 
+import argparse
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self
 
 from tbps_common.errors import InputError
+from tbps_common.run.arguments import number, whole_number
 
 LOSSES = ("mlm", "cmpm", "id", "itc", "sdm")
 LFA_ATTENTION = ("batch", "parts")
 PRECISIONS = ("auto", "fp16", "fp32", "amp")
+DEVICES = ("auto", "cuda", "cpu")
+
+AUTHORS = "model (the authors' flags)"
+ADDED = "additions of this project (the defaults reproduce the released code)"
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """The flags that shape the network and its loss. Defaults are those of the released code.
+def flag(default: Any, help: str, *, group: str = AUTHORS, **argparse_settings: Any) -> Any:
+    """A dataclass field that is a command-line flag too, under its own name.
 
-    A flag that is absent (an official `configs.yaml` knows nothing of this project's additions) takes its default.
+    Args:
+        default: value of the field and of the flag; `False` makes a switch.
+        help: of the flag.
+        group: heading of the flag in `--help`.
+        **argparse_settings: for `add_argument`; `type` and `choices` also check values that come from a file.
     """
+    return field(default=default, metadata={"group": group, "argparse": {"help": help, **argparse_settings}})
 
-    pretrain_choice: str = "ViT-B/16"
-    img_size: tuple[int, int] = (384, 128)
-    stride_size: int = 16
-    text_length: int = 77
-    vocab_size: int = 49408
-    loss_names: str = "sdm+id+mlm"
-    temperature: float = 0.02
-    cmt_depth: int = 4
-    mlm_loss_weight: float = 1.0
-    id_loss_weight: float = 0.5
-    itc_loss_weight: float = 5.0
-    num_prototypes: int = 9
-    lfa_layers: int = 6
-    lfa_heads: int = 8
-    lfa_dropout: float = 0.3
-    lfa_attention: str = "batch"
-    precision: str = "auto"
-    device: str = "auto"
 
-    def __post_init__(self) -> None:
-        unknown = sorted(self.losses - set(LOSSES))
-        if unknown or not self.losses:
-            raise InputError(
-                f"--loss_names {self.loss_names!r} names {', '.join(map(repr, unknown)) or 'no loss'}: "
-                f"join some of {', '.join(LOSSES)} with '+'."
-            )
-        if self.lfa_attention not in LFA_ATTENTION:
-            raise InputError(
-                f"--lfa_attention must be one of {', '.join(LFA_ATTENTION)}, but it is {self.lfa_attention!r}."
-            )
-        if self.precision not in PRECISIONS:
-            raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, but it is {self.precision!r}.")
-        if len(self.img_size) != 2 or min(self.img_size) < 1:
-            raise InputError(f"--img_size must be a height and a width in pixels, but it is {self.img_size}.")
-        if self.temperature <= 0:
-            raise InputError(f"--temperature must be positive, but it is {self.temperature}.")
-        for flag in (
-            "stride_size",
-            "text_length",
-            "vocab_size",
-            "cmt_depth",
-            "num_prototypes",
-            "lfa_layers",
-            "lfa_heads",
-        ):
-            if getattr(self, flag) < 1:
-                raise InputError(f"--{flag} must be at least 1, but it is {getattr(self, flag)}.")
+def problem_of(option: Field[Any], value: Any) -> str | None:
+    """Why `value` cannot be the value of a field of `flag`, or None."""
+    settings = option.metadata["argparse"]
+    if isinstance(option.default, bool):
+        return None if isinstance(value, bool) else f"expects true or false, not {value!r}"
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(option.default, tuple):
+        if parts is not value or not parts or any(type(part) is not int for part in parts):
+            return f"expects a list of whole numbers, not {value!r}"
+    elif parts is value or isinstance(value, (dict, bool)) or value is None:
+        return f"expects a single value, not {value!r}"
+    parse = settings.get("type")
+    try:
+        if option.name == "img_size":
+            image_size(",".join(map(str, parts)))
+        elif parse is not None:
+            for part in parts:
+                parse(str(part))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        return str(error)
+    choices = settings.get("choices")
+    return None if choices is None or value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`384,128`, `384 128` or `(384,128)`, height first."""
+    match = re.fullmatch(r"[\[(]?\s*(\d+)\s*[,x\s]\s*(\d+)\s*,?\s*[\])]?", text.strip())
+    if not match or not all(int(side) for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"expects height,width in pixels such as 384,128, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def split_losses(text: str) -> list[str]:
+    """`'sdm + id'` -> `['sdm', 'id']`."""
+    return [name.strip() for name in text.split("+") if name.strip()]
+
+
+def loss_names(text: str) -> str:
+    """A `+`-joined subset of the losses, kept as it was written."""
+    names = split_losses(text)
+    unknown = ", ".join(repr(name) for name in names if name not in LOSSES)
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"expects losses out of {', '.join(LOSSES)} joined by '+', not {unknown or 'nothing'}"
+        )
+    return text
+
+
+@dataclass
+class ModelSettings:
+    """The flags that shape the network and its loss. Defaults are those of the released code."""
+
+    pretrain_choice: str = flag("ViT-B/16", "OpenAI CLIP by name, a file of CLIP weights, or a checkpoint of CMLFA")
+    img_size: tuple[int, int] = flag((384, 128), "image height and width", nargs="+", metavar="H,W")
+    stride_size: int = flag(16, "stride of the image patches", type=whole_number(1))
+    text_length: int = flag(77, "tokens per caption", type=whole_number(3))
+    vocab_size: int = flag(49408, "size of the MLM head", type=whole_number(1))
+    loss_names: str = flag("sdm+id+mlm", f"losses out of {', '.join(LOSSES)} joined by '+'", type=loss_names)
+    temperature: float = flag(0.02, "of all similarities; constant", type=number(0, above=True))
+    cmt_depth: int = flag(4, "layers of the cross-modal transformer", type=whole_number(1))
+    mlm_loss_weight: float = flag(1.0, "weight of the masked-language loss", type=number(0))
+    id_loss_weight: float = flag(
+        0.5, "weight of the identity loss (the released code ignores its flag and always uses 0.5)", type=number(0)
+    )
+    itc_loss_weight: float = flag(5.0, "weight of the ITC loss", group=ADDED, type=number(0))
+    num_prototypes: int = flag(9, "learnable prototypes (LFA)", group=ADDED, type=whole_number(1))
+    lfa_layers: int = flag(6, "layers of the shared transformer", group=ADDED, type=whole_number(1))
+    lfa_heads: int = flag(8, "heads of the shared transformer", group=ADDED, type=whole_number(1))
+    lfa_dropout: float = flag(0.3, "dropout of the LFA's feed-forward block", group=ADDED, type=number(0, 1))
+    lfa_attention: str = flag(
+        "batch",
+        "what the shared transformer attends over: the samples of the batch (released code: features depend on the "
+        "batch they are computed in) or the prototypes' slots of one sample (the paper's figure)",
+        group=ADDED,
+        choices=LFA_ATTENTION,
+    )
+    precision: str = flag(
+        "auto",
+        "auto: fp16 weights on a GPU as released, fp32 on the CPU; amp: fp32 weights under autocast",
+        group=ADDED,
+        choices=PRECISIONS,
+    )
+    device: str = flag("auto", "auto: a GPU if there is one", group=ADDED, choices=DEVICES)
 
     @classmethod
-    def from_args(cls, args: Any) -> "ModelSettings":
-        """Read the settings from a namespace, an attribute mapping or a plain mapping of flags."""
+    def of(cls, args: Any) -> Self:
+        """Take the fields of this class from a namespace or a mapping of flags.
+
+        A flag that is absent takes its default: a `configs.yaml` of the authors knows nothing of this project's flags.
+
+        Raises:
+            InputError: a value that its flag does not allow.
+        """
         flags = args if isinstance(args, Mapping) else vars(args)
-        found = {field.name: flags[field.name] for field in fields(cls) if flags.get(field.name) is not None}
-        if "img_size" in found:
-            found["img_size"] = tuple(int(side) for side in found["img_size"])
-        return cls(**found)
+        settings = cls()
+        for option in fields(cls):
+            value = flags.get(option.name)
+            if value is None:
+                continue
+            problem = problem_of(option, value)
+            if problem is not None:
+                raise InputError(f"--{option.name} {problem}")
+            setattr(settings, option.name, tuple(value) if isinstance(value, list) else value)
+        return settings
 
     @property
     def losses(self) -> frozenset[str]:
         """The enabled losses: `loss_names` split at `+`, blanks ignored."""
-        return frozenset(name.strip() for name in self.loss_names.split("+") if name.strip())
+        return frozenset(split_losses(self.loss_names))
 
     @property
     def has_classifier(self) -> bool:

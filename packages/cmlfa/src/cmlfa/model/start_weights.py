@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from open_clip.pretrained import get_pretrained_url
 from torch import Tensor
 
 from tbps_common.errors import CheckpointError
@@ -21,6 +22,15 @@ logger = logging.getLogger("cmlfa.model")
 VIT_NAMES = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 RESNET_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 CACHE = Path("~/.cache/clip")
+
+
+def read_start_weights(choice: str) -> dict[str, Tensor]:
+    """Tensors of the CLIP model `--pretrain_choice` asks for: one of OpenAI's names (downloaded once) or a file.
+
+    Raises:
+        CheckpointError: unknown name, unreadable file, failed download.
+    """
+    return read_clip_file(find_start_weights(choice))
 
 
 def find_start_weights(choice: str) -> Path:
@@ -35,8 +45,6 @@ def find_start_weights(choice: str) -> Path:
             f"choose one of {', '.join(VIT_NAMES)} or the path of a ViT model."
         )
     if choice in VIT_NAMES:
-        from open_clip.pretrained import get_pretrained_url
-
         return download(get_pretrained_url(choice.replace("/", "-"), "openai"), CACHE.expanduser())
     path = Path(choice).expanduser()
     if not path.is_file():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 
@@ -93,7 +93,7 @@ def _official_position(name: str) -> tuple[int, int, int]:
             if match := _BLOCK.fullmatch(leaf):
                 block, leaf = int(match[1]), match[2]
             return stem_position, block, _LEAVES.index(leaf)
-    raise ValueError(f"{name} is no parameter of CMLFA, so it has no place in the order of the released code")
+    raise ValueError(f"{name} is not a parameter of CMLFA, so it has no place in the order of the released code")
 
 
 def load_checkpoint(
@@ -127,18 +127,28 @@ def load_checkpoint(
     state, remaining = find_state_dict(content, source=name)
     if strict:
         load_state_dict_strictly(model, state, source=name)
-        return remaining
+    else:
+        load_but_heads(model, state, source=name)
+    return remaining
+
+
+def load_but_heads(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load weights of CMLFA whose training heads may be absent, superfluous or, for the classifier, of another size.
+
+    Each such case is logged as a warning.
+
+    Raises:
+        CheckpointError: other names or shapes do not fit; nothing of the model has changed.
+    """
     wanted = model.state_dict()
     superfluous = [key for key in state if key not in wanted and key.startswith(_TRAINING_ONLY)]
     if superfluous:
-        logger.warning("%s: %d weights of training heads that this model lacks are left out", name, len(superfluous))
-        state = {key: tensor for key, tensor in state.items() if key not in superfluous}
+        logger.warning("%s: %d weights of training heads that this model lacks are left out", source, len(superfluous))
     for warning in load_state_dict_strictly(
         model,
-        state,
-        source=name,
+        {key: tensor for key, tensor in state.items() if key not in superfluous},
+        source=source,
         may_be_missing=lambda key: key.startswith(_TRAINING_ONLY),
         skip_shape_mismatch=lambda key: key.startswith("classifier."),
     ):
         logger.warning("%s", warning)
-    return remaining

@@ -1,0 +1,17 @@
+from .annotations import CUHKPEDES as CUHKPEDES
+from .annotations import DATASETS as DATASETS
+from .annotations import ICFGPEDES as ICFGPEDES
+from .annotations import RSTPReid as RSTPReid
+from .items import ImageDataset as ImageDataset
+from .items import ImageTextDataset as ImageTextDataset
+from .items import ImageTextMLMDataset as ImageTextMLMDataset
+from .items import TextDataset as TextDataset
+from .loaders import build_dataloader as build_dataloader
+from .loaders import collate as collate
+from .loaders import prepare_batch as prepare_batch
+from .samplers import DistributedIdentitySampler as DistributedIdentitySampler
+from .samplers import RandomIdentitySampler as RandomIdentitySampler
+from .tokenizer import SimpleTokenizer as SimpleTokenizer
+from .tokenizer import mask_tokens as mask_tokens
+from .tokenizer import tokenize as tokenize
+from .transforms import build_transforms as build_transforms

@@ -1,0 +1,9 @@
+from .clip import ClipGeometry as ClipGeometry
+from .clip import clip_geometry as clip_geometry
+from .clip import resize_pos_embed as resize_pos_embed
+from .cmlfa import CMLFA as CMLFA
+from .cmlfa import build_model as build_model
+from .safl import SAFL as SAFL
+from .settings import ModelSettings as ModelSettings
+from .weights import load_checkpoint as load_checkpoint
+from .weights import official_param_order as official_param_order
