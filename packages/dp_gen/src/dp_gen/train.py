@@ -6,10 +6,10 @@ those folders; `dp_gen.optim` says what is trained.
 
 import sys
 
-from dp_gen.options import parse_args, training_flags
+from dp_gen.options import build_parser, parse_args, training_flags
 
 if __name__ == "__main__":
-    parse_args()  # answers --help, and refuses unknown flags, before torch is imported
+    build_parser().parse_known_args()  # answers --help before torch is imported
 
 import argparse
 import logging
