@@ -1,5 +1,6 @@
 """A small synthetic world, tiny backbones, and the released flags with sizes for a laptop."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1]
+LAYOUT = PACKAGE / "DiaNA"
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +83,10 @@ def script_environment(world: Path, tiny: Path) -> dict[str, str]:
 
 def flags_of(script: str, environment: dict[str, str], *more: str) -> list[str]:
     """The words that a shell script hands to its Python program."""
-    folder = PACKAGE / ("eval" if script == "eval.sh" else "train")
+    folder = LAYOUT / ("eval" if script == "eval.sh" else "train")
     printer = "import sys; print('\\0'.join(sys.argv[1:]))"
     # `bash -c` replaces the interpreter by one that only prints its arguments.
-    stand_in = folder.parent / "tests" / "print_arguments.sh"
+    stand_in = PACKAGE / "tests" / "print_arguments.sh"
     done = subprocess.run(
         ["bash", f"shell/{script}", *more],
         cwd=folder,
@@ -106,21 +108,21 @@ def script_words() -> Callable[..., list[str]]:
 def train_flags(script_environment: dict[str, str], sizes: list[str]) -> Callable[..., list[str]]:
     """`train_flags("pretrain", output_dir, *more)`: flags of a script with the sizes and `more` appended."""
 
+    @functools.cache
+    def script_flags(stage: str) -> list[str]:
+        words = flags_of(f"{stage}.sh", {**script_environment, "OUTPUT_DIR": "OUTPUT_DIR"})
+        return words[words.index("main/train/train.py") + 1 :]
+
     def flags(stage: str, output_dir: Path, *more: str) -> list[str]:
-        words = flags_of(f"{stage}.sh", {**script_environment, "OUTPUT_DIR": str(output_dir)}, *sizes, *more)
-        words = words[words.index("main/train/train.py") + 1 :]
         # The scripts run in train/; tests call the program from anywhere.
-        fixed = {
-            name: str(PACKAGE / "train" / name) for name in ("configs/dataset_config.yaml", "zero_stage3_config.json")
-        }
-        words = [fixed.get(word, word) for word in words]
-        return words if "--dataset_config_path" in words else [*words, "--dataset_config_path", *_default_config()]
+        files = ("configs/dataset_config.yaml", "zero_stage3_config.json")
+        replaced = {"OUTPUT_DIR": str(output_dir)} | {name: str(LAYOUT / "train" / name) for name in files}
+        words = [replaced.get(word, word) for word in script_flags(stage)]
+        if "--dataset_config_path" not in words:
+            words += ["--dataset_config_path", replaced["configs/dataset_config.yaml"]]
+        return [*words, *sizes, *more]
 
     return flags
-
-
-def _default_config() -> list[str]:
-    return [str(PACKAGE / "train" / "configs" / "dataset_config.yaml")]
 
 
 @pytest.fixture(scope="session")

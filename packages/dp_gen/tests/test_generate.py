@@ -152,7 +152,7 @@ def test_edits_change_the_region_only_and_are_listed(trained: Path, folder: Path
         assert row["reference_attribute_list"][0] in ("red coat", "white shirt")
         assert row["person"] == 1 + int(row["source"]) // 4
     # annotate.py reads it as it is
-    from dp_gen.annotation import read_rows
+    from dp_gen.annotate import read_rows
 
     annotatable, problems = read_rows(tmp_path / "out" / "edits.jsonl", 0, -1)
     assert len(annotatable) == len(found) and not problems

@@ -1,6 +1,7 @@
 """What is compared at any size: the losses, a training step, and an evaluation."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +15,38 @@ from bench_fafa_direct import (
     direct_metrics,
     direct_token_similarity,
 )
-from bench_fafa_measure import Row, compared, difference, fastest
 from bench_fafa_model import build_model, random_batch
-from fafa.evaluation import retrieval, sweep, topk_mean_similarity
+from fafa.evaluation import retrieval, topk_mean_similarity
 from fafa.losses import FeatureDispersionLoss, pool_tokens, token_similarity
 from fafa.optim import build_optimizer
+from tbps_common.bench.timer import difference, measure
+
+Row = dict[str, Any]
 
 K = 6
-SWEEP = (1, 2, 4, 6, 8, 16, 32)
 
 
 def unit(*shape: int, seed: int, device: torch.device) -> Tensor:
     """Random rows of length one."""
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1).to(device)
+
+
+def milliseconds(forms: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """The fastest of `repeats` turns of each form."""
+    return {name: cost.milliseconds for name, cost in measure(forms, repeats=repeats, device=device).items()}
+
+
+def compared(
+    what: str, direct: Callable[[], Any], ours: Callable[[], Any], repeats: int, device: torch.device, tolerance: float
+) -> Row:
+    """One row of the table: times of both forms and how far their results are apart.
+
+    Raises:
+        AssertionError: the results differ by more than `tolerance`; a saving that changes them is none.
+    """
+    apart = difference(direct(), ours())
+    assert apart <= tolerance, f"{what}: the two forms differ by {apart:.3g}, more than {tolerance:.3g}"
+    return {"what": what, **milliseconds({"direct": direct, "ours": ours}, repeats, device), "difference": apart}
 
 
 def losses(args: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -108,17 +128,17 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
         return run
 
     forms = {"direct": step(direct, direct_losses), "ours": step(ours, call)}
-    return [{"what": "training step, ms", **fastest(forms, args.repeats, device), "difference": apart}]
+    return [{"what": "training step, ms", **milliseconds(forms, args.repeats, device), "difference": apart}]
 
 
 def evaluation(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Features to similarities, to metrics, and to metrics at several k."""
+    """Features to similarities and to metrics."""
     tokens, width = (32, 256) if args.full_size else (args.query_tokens, args.embed_dim)
     query = unit(args.queries, width, seed=args.seed, device=device)
     gallery = unit(args.gallery, tokens, width, seed=args.seed + 1, device=device)
     persons = max(args.gallery // 2, 1)
     g_ids, q_ids = torch.arange(args.gallery) % persons, torch.arange(args.queries) % persons
-    k, ks = min(K, tokens), [k for k in SWEEP if k <= tokens]
+    k = min(K, tokens)
     similarity = topk_mean_similarity(query, gallery, k)
 
     def own_metrics() -> tuple[float, float]:
@@ -139,14 +159,6 @@ def evaluation(args: argparse.Namespace, device: torch.device) -> list[Row]:
             1e-5,
         ),
         compared("features to mAP and mINP, ms", all_direct, own_metrics, args.repeats, device, 1e-2),
-        compared(
-            f"metrics at {len(ks)} values of k, ms",
-            lambda: [retrieval(query, gallery, q_ids, g_ids, value, topk=0).metrics["mAP"] for value in ks],
-            lambda: [result.metrics["mAP"] for result in sweep(query, gallery, q_ids, g_ids, ks).values()],
-            args.repeats,
-            device,
-            1e-2,
-        ),
     ]
     assert similarity.shape == (args.queries, args.gallery)
     return rows

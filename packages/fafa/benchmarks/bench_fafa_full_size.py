@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench_fafa_direct import direct_losses
-from bench_fafa_measure import Row, fastest
+from bench_fafa_forms import Row, milliseconds
 from bench_fafa_model import build_model, random_batch
 from fafa.optim import build_optimizer
 from tbps_common.errors import InputError
@@ -41,7 +41,7 @@ def full_size(args: argparse.Namespace, device: torch.device) -> list[Row]:
         time, peak = _step_time(args, model, samples, draws, forms["ours"], device)
         rows += _step_rows("compiled ViT: training step", args, {"ours": time}, {"ours": peak}, gigaflop, device)
     model.eval()
-    encode = fastest({"ours": lambda: model.extract_target_features(samples["image"])}, args.repeats, device)
+    encode = milliseconds({"ours": lambda: model.extract_target_features(samples["image"])}, args.repeats, device)
     rows.append({"what": "gallery encoding, images/s", "ours": 1000 * args.batch_size / encode["ours"]})
     return rows
 
@@ -62,9 +62,7 @@ def _step_time(
         scaler.step(optimizer)
         scaler.update()
 
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    time = fastest({"step": step}, args.repeats, device)["step"]
+    time = milliseconds({"step": step}, args.repeats, device)["step"]
     return time, torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else float("nan")
 
 

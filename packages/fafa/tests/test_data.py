@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fafa.data import GalleryDataset, ITCPRDataset, QueryDataset, SynCPRDataset, collate_fn
-from fafa.data.collate import train_loader
-from fafa.data.strings import PackedStrings
+from fafa.data import GalleryDataset, ITCPRDataset, PackedStrings, QueryDataset, SynCPRDataset, collate_fn, train_loader
 from fafa.transforms import squarepad_transform_test, squarepad_transform_train
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image

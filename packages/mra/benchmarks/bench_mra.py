@@ -6,7 +6,7 @@ through the fusion encoder in two calls; re-ranking takes one caption at a time,
 its k images, and scores and metrics are filled row by row. Both forms use the same weights, data and attention kernels,
 run interleaved in one process, and the fastest of the repeats counts. Times on the CPU are CPU times, which other
 programs on the machine hardly disturb; on a GPU they are wall times. Losses, scores and metrics of both are printed
-beside each other, because a saving that changes them is none.
+beside each other, because a saving that changes them is not one.
 
 `--full-size --device cuda` uses the released sizes of the cuhk configuration.
 """
@@ -14,12 +14,12 @@ beside each other, because a saving that changes them is none.
 import argparse
 import platform
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import bench_mra_direct as direct_form
-from mra.shipped import PACKAGE
+from mra.model.settings import PACKAGE
+from tbps_common.bench.timer import measure
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_common.run.command import command
 
@@ -106,7 +106,7 @@ def build_model(args: argparse.Namespace) -> "Retrieval":
     import torch
 
     from mra import Retrieval, load_config
-    from mra.model.settings import read_json
+    from tbps_common.datasets import read_json
 
     config = SMALL
     if args.full_size:
@@ -168,7 +168,7 @@ def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
             forward()
         work[name] = counter.get_total_flops() / args.batch_size / 1e9
     forms = {name: step(name, forwards[name], optimizers[name == "direct"]) for name in forwards}
-    timed = fastest(forms, args)
+    timed = milliseconds(forms, args)
     return [
         {"what": "training step, ms", **timed, "equal": False},
         {"what": "forward GFLOP per pair", **work, "equal": False},
@@ -214,7 +214,7 @@ def reranking(args: argparse.Namespace) -> list[dict[str, Any]]:
             scores = direct_form.scores(model, sims, images, text, atts.to(args.device), k)
         found["direct"] = {"scores": scores, "mAP": direct_form.map_percent(scores, q_pids, g_pids)}
 
-    timed = fastest({"direct": direct, "ours": ours}, args)
+    timed = milliseconds({"direct": direct, "ours": ours}, args)
     scores = {name: result["scores"] for name, result in found.items()}
     # One number for a matrix of scores: their projection on fixed random directions.
     direction = random(queries, gallery)
@@ -257,24 +257,9 @@ def random_batch(model: "Retrieval", args: argparse.Namespace) -> dict[str, "Ten
     return {name: value.to(args.device) for name, value in batch.items()}
 
 
-def fastest(forms: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of the fastest of the repeats of each form, after one run to warm up, taking turns."""
-    import torch
-
-    on_gpu = args.device == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-    best = dict.fromkeys(forms, float("inf"))
-    for turn in range(args.repeats + 1):
-        for name, run in forms.items():
-            if on_gpu:
-                torch.cuda.synchronize()
-            start = clock()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if turn:
-                best[name] = min(best[name], 1000 * (clock() - start))
-    return best
+def milliseconds(forms: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
+    """Of the fastest run of each form."""
+    return {name: cost.milliseconds for name, cost in measure(forms, repeats=args.repeats, device=args.device).items()}
 
 
 if __name__ == "__main__":

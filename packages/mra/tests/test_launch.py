@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mra import launch
-from mra.control import Control
-from mra.launch import Plan, asked_world, plan_processes, plan_sentence, supervise
+from mra.launch import LaunchFolder, Plan, asked_world, choose_port, plan_processes, plan_sentence, supervise
+from mra.launched import adopt_slurm
 from mra.options import build_retrieval_parser, build_run_parser, retrieval_arguments
 from tbps_common.errors import InputError
 
@@ -119,42 +118,39 @@ def test_port_is_the_released_one_unless_it_is_taken(monkeypatch: pytest.MonkeyP
             busy.bind(("127.0.0.1", 3006))
         except OSError:
             pass  # somebody else has it, which is as good
-        found = launch._port(args, Plan(4, 4, None))
+        found = choose_port(args, Plan(4, 4, None))
         assert found not in (0, 3006)
-        assert launch._port(args, Plan(4, 4, None, 2, 1)) == 3006  # two nodes must agree
+        assert choose_port(args, Plan(4, 4, None, 2, 1)) == 3006  # two nodes must agree
         monkeypatch.setenv("MASTER_PORT", "4000")
-        assert launch._port(args, Plan(4, 4, None)) == 4000
-        assert launch._port(build_run_parser().parse_args(["--master_port", "5000"]), Plan(4, 4, None)) == 5000
+        assert choose_port(args, Plan(4, 4, None)) == 4000
+        assert choose_port(build_run_parser().parse_args(["--master_port", "5000"]), Plan(4, 4, None)) == 5000
 
 
 def test_slurm_stands_for_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mra.training import start
-
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # restored afterwards, whatever is written
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    start._adopt_slurm()
+    adopt_slurm()
     assert "RANK" not in os.environ
     for name, value in (("PROCID", "5"), ("NTASKS", "8"), ("LOCALID", "1")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(InputError, match="MASTER_ADDR"):
-        start._adopt_slurm()
+        adopt_slurm()
     monkeypatch.setenv("MASTER_ADDR", "node0")
-    start._adopt_slurm()
+    adopt_slurm()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["5", "8", "1", "3006"]
 
 
 WORKER = """
 import os, signal, sys, time
-from mra import launch
-from mra.control import Control
-control = Control.of_this_process()
+from mra.launch import LaunchFolder
+launched = LaunchFolder.of_this_process()
 rank = int(sys.argv[1])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[2])))
-control.announce(rank)
+launched.announce(rank)
 {body}
 """
 # Stands for torchrun: two workers of its own, and the status 1 if any of them fails.
@@ -170,10 +166,10 @@ def start_supervisor(tmp_path: Path, body: str) -> subprocess.Popen[str]:
     command = json.dumps([sys.executable, "-c", LAUNCHER, WORKER.format(body=body)])
     program = (
         "import json, os, sys\n"
-        "from mra.launch import Plan, supervise\nfrom mra.control import CONTROL_VARIABLE, Control\n"
+        "from mra.launch import LAUNCH_FOLDER, LaunchFolder, Plan, supervise\n"
         f"folder = {str(tmp_path)!r}\n"
-        f"print(supervise(json.loads({command!r}), {{**os.environ, CONTROL_VARIABLE: folder}}, Plan(2, 2, None), "
-        "Control(folder)))"
+        f"print(supervise(json.loads({command!r}), {{**os.environ, LAUNCH_FOLDER: folder}}, Plan(2, 2, None), "
+        "LaunchFolder(folder)))"
     )
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
@@ -183,7 +179,7 @@ def wait_for_workers(tmp_path: Path) -> list[int]:
     while len(list(tmp_path.glob("*.pid"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return Control(tmp_path).processes()
+    return LaunchFolder(tmp_path).processes()
 
 
 def gone(process: int) -> bool:
@@ -196,7 +192,7 @@ def gone(process: int) -> bool:
 
 def test_signal_reaches_the_processes_themselves_and_their_status_is_returned(tmp_path: Path) -> None:
     """The workers end with 0 after saving, as torchrun is to see; the first one reports 143."""
-    body = "if rank == 0: signal.signal(signal.SIGTERM, lambda *_: (control.report(143), sys.exit(0)))\ntime.sleep(60)"
+    body = "if rank == 0: signal.signal(signal.SIGTERM, lambda *_: (launched.report(143), sys.exit(0)))\ntime.sleep(60)"
     supervisor = start_supervisor(tmp_path, body)
     processes = wait_for_workers(tmp_path)
     time.sleep(0.3)
@@ -222,4 +218,4 @@ def test_processes_stop_when_the_launcher_is_killed(tmp_path: Path) -> None:
 )
 def test_exit_status_of_a_single_process_is_returned(program: str, status: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", program]
-    assert supervise(command, dict(os.environ), Plan(1, 1, None), Control(tmp_path)) == status
+    assert supervise(command, dict(os.environ), Plan(1, 1, None), LaunchFolder(tmp_path)) == status

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tbps_common.errors import DatasetError, InputError
-from tbps_common.pipeline.stages import Dropped, Shard, manifest_path, read_stage, run_stage, shard
+from tbps_common.pipeline.stages import Dropped, Shard, in_batches, manifest_path, read_stage, run_stage, shard
 
 ITEMS = [{"id": number} for number in range(10)]
 
@@ -27,10 +27,10 @@ def square(batch):
     ]
 
 
-def stage(folder, items=ITEMS, process=square, settings=None, part=None, **more):
+def stage(folder, items=ITEMS, process=square, settings=None, part=None, batch_size=1, **more):
     return run_stage(
         (part or Shard()).of(items),
-        process,
+        in_batches(process, batch_size),
         (part or Shard()).file(folder, "squares"),
         key=key,
         settings=settings or {"power": 2},
@@ -163,11 +163,12 @@ def test_shard_flag():
 
 SCRIPT = """
 import sys, time
-from tbps_common.pipeline.stages import run_stage
+from tbps_common.pipeline.stages import in_batches, run_stage
 def slow(batch):
     time.sleep(0.02)
     return [{"id": item["id"], "square": item["id"] ** 2} for item in batch]
-out = run_stage([{"id": n} for n in range(60)], slow, sys.argv[1], key=lambda r: r["id"], settings={}, batch_size=2)
+work = in_batches(slow, 2)
+out = run_stage([{"id": n} for n in range(60)], work, sys.argv[1], key=lambda r: r["id"], settings={})
 sys.exit(out.exit_status)
 """
 

@@ -1,4 +1,6 @@
-"""Console commands of diana. Heavy libraries are imported when a command starts to work, not to print its help."""
+"""Console commands of diana. Flags are parsed at once; what does the work is imported when the work begins."""
+
+import os
 
 from tbps_common.run.command import command
 
@@ -6,33 +8,49 @@ from tbps_common.run.command import command
 @command
 def train_main(argv: list[str]) -> int:
     """`train.py`, `diana-train`: pre-train on captions or fine-tune on dialogues."""
-    from diana.training.run import main
+    from diana.launch import adopt_launcher, use_one_gpu
+    from diana.preflight import parse_and_check
 
-    return main(argv)
+    options, words = parse_and_check(argv)
+    adopt_launcher()
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        use_one_gpu()  # before any library looks for GPUs
+    from diana.train import train
+
+    return train(options, words)
 
 
 @command
 def eval_main(argv: list[str]) -> int:
     """`cli.py`, `diana-eval`: evaluate checkpoints on test dialogues."""
-    from diana.evaluation import main
+    from diana.options import parse_eval_flags
 
-    return main(argv)
+    options = parse_eval_flags(argv)
+    from diana.evaluate import evaluate_checkpoints
+
+    return evaluate_checkpoints(options)
 
 
 @command
 def index_main(argv: list[str]) -> int:
     """`diana-index`: compute the features of a folder of images once."""
-    from diana.chat.index import main
+    from diana.chat.options import parse_index_flags
 
-    return main(argv)
+    options = parse_index_flags(argv)
+    from diana.chat.index import update_index
+
+    return update_index(options)
 
 
 @command
 def chat_main(argv: list[str]) -> int:
     """`diana-chat`: find a person by answering questions."""
-    from diana.chat.session import main
+    from diana.chat.options import parse_chat_flags
 
-    return main(argv)
+    options = parse_chat_flags(argv)
+    from diana.chat.session import hold_conversation
+
+    return hold_conversation(options)
 
 
 @command

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from diana.model.config import SIM_TYPES
 from tbps_common.errors import InputError
 
-SIM_TYPES = ("avg", "max", "min", "lsp_max", "lsp_min")
 NORM_FLOOR = 1e-8
 
 

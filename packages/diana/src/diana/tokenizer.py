@@ -3,13 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from diana.model.folders import resolve_folder
 from tbps_common.errors import CheckpointError, InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 MASK_TOKEN = "<|reserved_special_token_0|>"
@@ -20,7 +20,7 @@ LENGTH_MULTIPLE = 8
 """Batches padded to their longest text are rounded up to this, which matrix units like."""
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load a tokenizer with padding and mask token set (where it has none), and make sure it appends no end token.
 
     Args:
@@ -30,8 +30,6 @@ def load_tokenizer(source: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     Raises:
         CheckpointError: there is no tokenizer, it is damaged, lacks a token, or encodes texts otherwise.
     """
-    from transformers import PreTrainedTokenizerFast
-
     place = _find(source)
     try:
         # AutoTokenizer would read config.json first and stumble over DiaNA's model type.
@@ -55,7 +53,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", entries: int, source: str | os.PathLike[str]) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, entries: int, source: str | os.PathLike[str]) -> None:
     """Require an embedding for every token: a GPU answers a token without one with an error that names nothing.
 
     Args:
@@ -83,25 +81,23 @@ def _find(source: str | os.PathLike[str]) -> str:
         if numbered:
             return str(max(numbered, key=lambda entry: int(entry.name.removeprefix("checkpoint-"))))
         raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json); give a checkpoint folder with one.")
-    from diana.model.folders import resolve_folder
-
     return str(resolve_folder(source, weights=False))
 
 
-def _known(tokenizer: "PreTrainedTokenizerBase", token: str, source: str | os.PathLike[str]) -> str:
+def _known(tokenizer: PreTrainedTokenizerBase, token: str, source: str | os.PathLike[str]) -> str:
     if token not in tokenizer.get_vocab():
         raise CheckpointError(f"The tokenizer of {source} lacks the token {token}: take one of the Llama-3.2 family.")
     return token
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     max_seq_length: int,
     pad_to_max: bool = True,
     *,
     multiple: int = LENGTH_MULTIPLE,
-) -> dict[str, "Tensor"]:
+) -> dict[str, Tensor]:
     """Token ids and attention masks, int64 `[B, L]`; longer texts lose their end.
 
     Args:
@@ -114,8 +110,6 @@ def encode(
     Raises:
         InputError: the limit is below 1.
     """
-    import torch
-
     if max_seq_length < 1:
         raise InputError(f"max_seq_length must be at least 1, but it is {max_seq_length}.")
     rows = tokenizer(list(texts), truncation=True, max_length=max_seq_length, verbose=False)["input_ids"]
@@ -129,12 +123,12 @@ def encode(
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the padding token, which `load_tokenizer` has made sure of."""
     assert isinstance(tokenizer.pad_token_id, int)
     return tokenizer.pad_token_id
 
 
-def ordinary_tokens(tokenizer: "PreTrainedTokenizerBase") -> int:
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of ordinary tokens; their ids come first."""
     return min(ORDINARY_LIMIT, tokenizer.vocab_size)

@@ -55,7 +55,7 @@ def test_the_index_holds_features_paths_and_the_models_mark(index: Path, pretrai
     assert metadata["checkpoint"] == checkpoint_mark(pretrained)
     tensors = load_file(index)
     model, _ = load_diana(pretrained)
-    from diana.chat.index import MEAN, STD
+    from diana.chat.options import MEAN, STD
 
     transform = build_eval_transform((64, 32), MEAN, STD)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 
 from diana.cli import train_main
 from diana.options import parse_train_flags
-from diana.training.trainer_flags import modernise, take_flag
+from diana.trainer_flags import modernise, take_flag
 
 Flags = Callable[..., list[str]]
 
@@ -26,7 +26,7 @@ def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("more", "message"),
     [
         (["--vision_pretrained", "<Swin Transformer Root>/x"], "set VISION_PRETRAINED"),
-        (["--vision_pretrained", "no/such/folder"], "--vision_pretrained no/such/folder is no folder"),
+        (["--vision_pretrained", "no/such/folder"], "--vision_pretrained no/such/folder is not a folder"),
         (["--llama_pretrained", "./nothing"], "set LLAMA_PRETRAINED"),
         (["--pretrained", "work_dirs/pretrain_is_not_here"], "run shell/pretrain.sh first"),
         (["--config_dir", "no/configs/here"], "--config_dir no/configs/here"),
@@ -37,10 +37,20 @@ def refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--output_dir", ""], "--output_dir is missing"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere does not exist"),
         (["--resume_from_checkpoint", "True"], "no checkpoint to go on from"),
-        (["--no_such_flag", "1"], "unknown on the command line: --no_such_flag 1"),
+        (["--no_such_flag", "1"], "unknown flags: --no_such_flag 1"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--save_strategy", "sometimes"], "sometimes"),
         (["--freeze_model", "True"], "nothing is left to train"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor cannot act here (the losses are DiaNA's own)"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha cannot act here"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "2"],
+            "--eval_strategy cannot act here (training does not evaluate",
+        ),
+        (["--do_eval", "True"], "--do_eval cannot act here"),
+        (["--auto_find_batch_size", "True"], "--auto_find_batch_size cannot act here"),
+        (["--accelerator_config", '{"split_batches": true}'], "--accelerator_config cannot act here"),
+        (["--fsdp", "full_shard auto_wrap"], "--fsdp"),
         (["--llama_pretrained", ""], "--llama_pretrained is missing"),
     ],
 )

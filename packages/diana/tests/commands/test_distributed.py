@@ -16,7 +16,7 @@ from diana.cli import train_main
 slow = pytest.mark.slow  # torchrun starts three interpreters that import torch
 
 Flags = Callable[..., list[str]]
-PACKAGE = Path(__file__).resolve().parents[2]
+LAYOUT = Path(__file__).resolve().parents[2] / "DiaNA"
 
 
 def run_script(
@@ -24,7 +24,7 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", f"shell/{script}", *more],
-        cwd=PACKAGE / "train",
+        cwd=LAYOUT / "train",
         env={**environment, **variables},
         capture_output=True,
         text=True,
@@ -105,7 +105,7 @@ def test_one_failing_process_ends_the_job(
 
 
 def test_slurm_and_mpi_variables_become_torchruns() -> None:
-    from diana.training.environment import adopt_launcher, first_host
+    from diana.launch import adopt_launcher, first_host
 
     slurm = {
         "SLURM_PROCID": "5",
@@ -138,7 +138,7 @@ def test_slurm_and_mpi_variables_become_torchruns() -> None:
 
 @pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", ""), ("1", "1")])
 def test_a_single_process_sees_one_gpu(visible: str | None, left: str) -> None:
-    from diana.training.environment import use_one_gpu
+    from diana.launch import use_one_gpu
 
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     use_one_gpu(environment)
@@ -155,7 +155,7 @@ def test_a_stop_of_the_job_saves_and_ends(script_environment: dict[str, str], si
     }
     job = subprocess.Popen(
         ["bash", "shell/pretrain.sh", *sizes, "--num_train_epochs", "1000"],
-        cwd=PACKAGE / "train",
+        cwd=LAYOUT / "train",
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

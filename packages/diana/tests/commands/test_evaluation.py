@@ -18,8 +18,8 @@ from diana.tokenizer import encode
 from tbps_common.images import read_image
 from tbps_common.report.evaluation import read_evaluation
 
-PACKAGE = Path(__file__).resolve().parents[2]
-CONFIG = PACKAGE / "eval" / "configs" / "dataset_config.yaml"
+LAYOUT = Path(__file__).resolve().parents[2] / "DiaNA"
+CONFIG = LAYOUT / "eval" / "configs" / "dataset_config.yaml"
 EvalFlags = Callable[..., list[str]]
 
 
@@ -96,7 +96,8 @@ def test_a_sweep_gives_the_numbers_of_single_runs_and_a_curve(
     assert re.findall(r"under 'round=(-?\d+)'", shown) == limits
     sweep = json.loads((tmp_path / "sweep" / "metrics.json").read_text(encoding="utf-8"))
     for limit, entry in zip(limits, sweep):
-        assert eval_main(eval_flags("--turn_limit", limit, "--output_dir", str(tmp_path / limit))) == 0
+        flags = eval_flags("--turn_limit", limit, "--output_dir", str(tmp_path / limit), "--pictures", "0")
+        assert eval_main(flags) == 0
         (alone,) = json.loads((tmp_path / limit / "metrics.json").read_text(encoding="utf-8"))
         assert alone["metrics"]["global"] == pytest.approx(entry["metrics"]["global"], abs=1e-4)
         assert alone["turn_limit"] == entry["turn_limit"] == int(limit)

@@ -3,14 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -75,7 +74,7 @@ def test_a_stopped_run_goes_on_exactly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the middle of an epoch, and at its last step."""
-    from diana.training.trainer import DianaTrainer
+    from diana.train import DianaTrainer
 
     log = DianaTrainer.log
 
@@ -162,7 +161,7 @@ def test_a_checkpoint_stands_before_what_it_replaces_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deleting an earlier run takes long, and a kill may come meanwhile."""
-    from diana.training import callbacks
+    from diana import checkpoints
 
     out, unfinished = tmp_path / "run", tmp_path / "run" / ".unfinished"
     replaced = [out / name for name in ("checkpoint-2", "checkpoint-9", "model.safetensors")]
@@ -171,17 +170,15 @@ def test_a_checkpoint_stands_before_what_it_replaces_is_deleted(
         (folder / "whose").write_text("new" if folder.parent == unfinished else "old", encoding="utf-8")
     replaced[2].write_bytes(b"old")
     standing = []
-    delete = callbacks.delete
+    delete = checkpoints.delete
 
     def watched(paths: list[Path]) -> None:
         standing.append(sorted(str(path.relative_to(out)) for path in out.glob("[a-z]*")))
         assert (out / "checkpoint-2" / "whose").read_text(encoding="utf-8") == "new"
         delete(paths)
 
-    monkeypatch.setattr(callbacks, "delete", watched)
-    args, state = SimpleNamespace(output_dir=unfinished), SimpleNamespace(global_step=2, is_world_process_zero=True)
-    callback: Any = callbacks.WholeCheckpoints(out, None, replaced)
-    callback.on_save(args, state, None)
+    monkeypatch.setattr(checkpoints, "delete", watched)
+    checkpoints.install_checkpoint(unfinished / "checkpoint-2", out, replaced=replaced, keep=None)
     assert standing == [["checkpoint-2"]]
     assert list(unfinished.iterdir()) == []
 
@@ -205,8 +202,6 @@ def test_a_damaged_checkpoint_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(pretrained / "checkpoint-3", checkpoint)
     content = (checkpoint / damage).read_bytes()
@@ -216,6 +211,32 @@ def test_a_damaged_checkpoint_is_named(
     said = capsys.readouterr().err
     assert str(checkpoint) in said
     assert len(said.strip().splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"), [("optimizer.pt", 0.5), ("model.safetensors", 0), ("trainer_state.json", 0)]
+)
+def test_a_damaged_last_checkpoint_is_passed_over(
+    damage: str,
+    kept: float,
+    data_root: Path,
+    uninterrupted: tuple[Path, list[str]],
+    train_flags: Flags,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The one before it is sound: the run goes on from there, in the same bits, and the damaged one does not stay."""
+    whole, run = uninterrupted
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    sound, damaged = tmp_path / "checkpoint-4", tmp_path / "checkpoint-8"
+    content = (damaged / damage).read_bytes()
+    (damaged / damage).write_bytes(content[: int(kept * len(content))])
+    assert train_main(train_flags("finetune", tmp_path, *run, "--save_total_limit", "1")) == 0
+    shown = capsys.readouterr().out
+    (warning,) = (line for line in shown.splitlines() if line.startswith("warning"))
+    assert str(damaged) in warning and f"going on from {sound}" in warning
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert_same(whole, tmp_path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

@@ -1,6 +1,7 @@
 """The shell scripts: the released flags, every value overridable, and what is checked before anything starts."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from diana.training.launch import launch_command
+from diana.launch import launch_command
 
 PACKAGE = Path(__file__).resolve().parents[2]
+LAYOUT = PACKAGE / "DiaNA"
 Words = Callable[..., list[str]]
 
 # Flag -> (pretrain.sh, finetune.sh), as released; None: not passed.
@@ -78,7 +80,7 @@ def test_scripts_hold_the_released_values(column: int, plain_environment: dict[s
     script = ("pretrain.sh", "finetune.sh")[column]
     words = script_words(script, plain_environment)
     start = words.index("main/train/train.py")
-    assert words[:2] == ["-m", "diana.training.launch"]
+    assert words[:2] == ["-m", "diana.launch"]
     assert words[2:start] == [
         *("--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1"),
         *(f"--nproc_per_node={(8, 4)[column]}", f"--master_port={(34229, 34230)[column]}"),
@@ -135,7 +137,7 @@ def test_finetuning_hides_no_gpu_that_was_asked_for(
 ) -> None:
     done = subprocess.run(
         ["bash", "shell/finetune.sh"],
-        cwd=PACKAGE / "train",
+        cwd=LAYOUT / "train",
         env={
             **{**plain_environment, **variables},
             "PYTHON": str(PACKAGE / "tests" / "print_arguments.sh"),
@@ -166,7 +168,7 @@ def test_eval_script(plain_environment: dict[str, str], script_words: Words) -> 
 
 def test_both_copies_of_the_data_configuration_are_the_released_one() -> None:
     texts = [
-        (PACKAGE / side / "configs" / "dataset_config.yaml").read_text(encoding="utf-8") for side in ("train", "eval")
+        (LAYOUT / side / "configs" / "dataset_config.yaml").read_text(encoding="utf-8") for side in ("train", "eval")
     ]
     assert texts[0] == texts[1]
     content = yaml.safe_load(texts[0])
@@ -181,7 +183,7 @@ def test_both_copies_of_the_data_configuration_are_the_released_one() -> None:
 def test_the_shipped_sizes_are_the_papers() -> None:
     from diana import DiaNAConfig
 
-    config = DiaNAConfig.from_pretrained(PACKAGE / "train" / "configs")
+    config = DiaNAConfig.from_pretrained(LAYOUT / "train" / "configs")
     assert config.checkpoint_dtype is torch.bfloat16
     assert (config.vision_config["depths"], config.llama_config["num_hidden_layers"]) == ([2, 2, 18, 2], 16)
 
@@ -190,9 +192,9 @@ def test_the_shipped_sizes_are_the_papers() -> None:
 def test_zero_files_say_what_is_followed_without_deepspeed(stage: int) -> None:
     import json
 
-    from diana.training.deepspeed_file import WarmupDecay, read_deepspeed_file
+    from diana.schedule import WarmupDecay, read_deepspeed_file
 
-    path = PACKAGE / "train" / f"zero_stage{stage}_config.json"
+    path = LAYOUT / "train" / f"zero_stage{stage}_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["zero_optimization"]["stage"] == stage
     assert content["wall_clock_breakdown"] is False
@@ -245,7 +247,7 @@ def test_what_is_missing_is_told_in_one_line_before_torch_is_loaded(
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n", encoding="utf-8")
     done = subprocess.run(
         ["bash", f"shell/{script}"],
-        cwd=PACKAGE / "train",
+        cwd=LAYOUT / "train",
         env={**script_environment, "OUTPUT_DIR": str(tmp_path / "out"), "PYTHONPATH": str(tmp_path), **variables},
         capture_output=True,
         text=True,
@@ -260,25 +262,26 @@ def test_what_is_missing_is_told_in_one_line_before_torch_is_loaded(
 def test_the_readme_commands_run_on_the_synthetic_world(
     script_environment: dict[str, str], sizes: list[str], tmp_path: Path
 ) -> None:
-    """pretrain.sh, finetune.sh and eval.sh, one after the other, as the README has them."""
-    folders = {"pretrain": tmp_path / "pretrain", "finetune": tmp_path / "finetune"}
-    for stage, out in folders.items():
+    """The paper's lines, typed in packages/diana: the first as it stands, the others with sizes for a laptop."""
+    stages = ("pretrain", "finetune", "evaluation")
+    folders = {stage: str(tmp_path / stage) for stage in stages}
+
+    def typed(line: str, stage: str) -> str:
+        start = folders["finetune" if stage == "evaluation" else "pretrain"]
         done = subprocess.run(
-            ["bash", f"shell/{stage}.sh", *sizes, "--max_steps", "2"],
-            cwd=PACKAGE / "train",
-            env={**script_environment, "OUTPUT_DIR": str(out), "PRETRAINED": str(folders["pretrain"])},
+            ["bash", "-c", line],
+            cwd=PACKAGE,
+            env={**script_environment, "OUTPUT_DIR": folders[stage], "PRETRAINED": start},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert "using the CPU with 1 process(es)" in done.stdout or torch.cuda.is_available()
-    done = subprocess.run(
-        ["bash", "shell/eval.sh", "--num_workers", "0"],
-        cwd=PACKAGE / "eval",
-        env={**script_environment, "OUTPUT_DIR": str(tmp_path / "eval"), "PRETRAINED": str(folders["finetune"])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Best metrics:" in done.stdout
-    assert (tmp_path / "eval" / "metrics.json").is_file()
+        return done.stdout
+
+    sizes_and_steps = shlex.join([*sizes, "--max_steps", "2"])
+    shown = typed("cd DiaNA/train && bash shell/pretrain.sh", "pretrain")
+    assert "using the CPU with 1 process(es)" in shown or torch.cuda.is_available()
+    typed(f"cd DiaNA/train && bash shell/finetune.sh {sizes_and_steps}", "finetune")
+    shown = typed("cd DiaNA/eval && bash shell/eval.sh --num_workers 0", "evaluation")
+    assert "Best metrics:" in shown
+    assert (tmp_path / "evaluation" / "metrics.json").is_file()

@@ -119,6 +119,20 @@ def test_items_do_not_depend_on_workers(data_root: Path, train_flags: Flags, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+THREE_STEPS = ("--max_steps", "3", "--learning_rate", "1e-2", "--warmup_steps", "2", "--save_strategy", "no")
+
+
+@pytest.fixture(scope="module")
+def untrained(world: Path, tmp_path_factory: pytest.TempPathFactory, train_flags: Flags) -> dict[str, torch.Tensor]:
+    """The weights that pre-training starts with: those after a step with learning rate 0."""
+    out = tmp_path_factory.mktemp("untrained")
+    flags = train_flags("pretrain", out, *THREE_STEPS, "--learning_rate", "0", "--max_steps", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIANA_DATA_ROOT", str(world))
+        assert train_main(flags) == 0
+    return load_file(out / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("more", "trained"),
     [
@@ -131,12 +145,15 @@ def test_items_do_not_depend_on_workers(data_root: Path, train_flags: Flags, tmp
     ],
 )
 def test_freezing_leaves_the_rest_to_train(
-    more: list[str], trained: set[str], data_root: Path, train_flags: Flags, tiny: Path, tmp_path: Path
+    more: list[str],
+    trained: set[str],
+    data_root: Path,
+    train_flags: Flags,
+    untrained: dict[str, torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    flags = ["--max_steps", "3", "--learning_rate", "1e-2", "--warmup_steps", "2", "--save_strategy", "no"]
-    assert train_main(train_flags("pretrain", tmp_path / "start", *flags, "--learning_rate", "0")) == 0
-    assert train_main(train_flags("pretrain", tmp_path / "end", *flags, *more)) == 0
-    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
+    assert train_main(train_flags("pretrain", tmp_path, *THREE_STEPS, *more)) == 0
+    start, end = untrained, load_file(tmp_path / "model.safetensors")
     adapters = {name for name in end if ".lora_" in name}
     assert bool(adapters) == ("--use_llama_lora" in more)
     plain = {name: name.replace("base_model.model.", "").replace(".base_layer", "") for name in end}
@@ -147,21 +164,23 @@ def test_freezing_leaves_the_rest_to_train(
 
 
 def test_layer_wise_rates_change_what_deep_layers_learn(
-    data_root: Path, train_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_root: Path,
+    train_flags: Flags,
+    untrained: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VIT_LAYER_DECAY_RATE", "0")
-    flags = ["--max_steps", "3", "--learning_rate", "1e-3", "--warmup_steps", "2", "--save_strategy", "no"]
-    flags += ["--weight_decay", "0", "--use_custom_trainer", "True", "--drop_path_rate", "0"]
-    assert train_main(train_flags("pretrain", tmp_path / "end", *flags)) == 0
-    assert train_main(train_flags("pretrain", tmp_path / "start", *flags, "--learning_rate", "0")) == 0
-    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
+    flags = ["--weight_decay", "0", "--use_custom_trainer", "True", "--drop_path_rate", "0"]
+    assert train_main(train_flags("pretrain", tmp_path, *THREE_STEPS, "--learning_rate", "1e-3", *flags)) == 0
+    start, end = untrained, load_file(tmp_path / "model.safetensors")
     embedding = "vision_model.embeddings.patch_embeddings.projection.weight"
     assert torch.equal(start[embedding], end[embedding])  # rate 0^(n - 1) in the first layer
     assert not torch.equal(start["llama.norm.weight"], end["llama.norm.weight"])
 
 
 def test_grouping_by_length_sees_every_sample_once() -> None:
-    from diana.training.batches import TrainingBatches
+    from diana.data.batches import TrainingBatches
 
     lengths = [(7 * number) % 50 for number in range(103)]
     for world in (1, 2):

@@ -150,10 +150,10 @@ def test_a_question_without_answer_is_accepted(meta: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"id": 1, "file_path": "p0.png", "chats": [[RED[1]]]}, "record 0 .*'chats' .*round 0 .*start with gpt"),
-        ({"id": 1, "file_path": "p0.png", "chats": [[RED, [{"from": "me", "value": ""}]]]}, "round 1 .*'me'"),
+        ({"id": 1, "file_path": "p0.png", "chats": [[RED[1]]]}, "record 0 .*'chats' .*turn 0 .*start with gpt"),
+        ({"id": 1, "file_path": "p0.png", "chats": [[RED, [{"from": "me", "value": ""}]]]}, "turn 1 .*'me'"),
         ({"id": 1, "file_path": "p0.png", "chats": {"a": 1}}, "'chats'"),
-        ({"id": 1, "file_path": "p0.png", "chats": [[RED], "x"]}, "'chats' cannot be used"),
+        ({"id": 1, "file_path": "p0.png", "chats": [[RED], "x"]}, "'chats' must hold a list of turns or of dialogues"),
         ({"id": 1, "file_path": "p0.png"}, "'chats' is missing"),
         ({"id": 1, "file_path": "../p0.png", "chats": [RED]}, "climbs out of the folder"),
         ({"id": None, "file_path": "p0.png", "chats": [RED]}, "'id'"),
@@ -349,7 +349,7 @@ def test_importing_the_data_package_loads_no_torch() -> None:
     import sys
 
     code = (
-        "import sys, diana.data, diana.retrieval, diana.tokenizer, diana.model.weights;"
+        "import sys, diana.data, diana.retrieval, diana.model.folders, diana.preflight;"
         "from diana.data import load_annotations, load_dataset_config, render_dialogue;"
         "sys.exit(bool({'torch', 'transformers', 'torchvision', 'peft'} & set(sys.modules)))"
     )

@@ -104,6 +104,21 @@ def test_the_newest_complete_checkpoint_is_taken(saved: Path, tmp_path: Path) ->
     assert DiaNAConfig.from_pretrained(out).logit_scale == 50  # a configuration needs no weights
 
 
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_damaged_weights_are_passed_over_for_sound_ones(
+    kept: int, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (9, 10):
+        shutil.copytree(saved, tmp_path / f"checkpoint-{step}")
+    damaged = tmp_path / "checkpoint-10" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    edit_config(tmp_path / "checkpoint-9", logit_scale=33)
+    assert DiaNAModel.from_pretrained(tmp_path).config.logit_scale == 33
+    assert "checkpoint-10 are damaged" in caplog.text and "checkpoint-9 is used" in caplog.text
+    with pytest.raises(CheckpointError, match="checkpoint-10"):
+        DiaNAModel.from_pretrained(tmp_path / "checkpoint-10")
+
+
 def test_shards_and_torch_files(saved: Path, tiny_model: Make, tmp_path: Path) -> None:
     state = load_file(saved / "model.safetensors")
     names = sorted(state)
@@ -236,7 +251,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", half_written)
+    monkeypatch.setattr("diana.model.weights.save_file", half_written)
     with pytest.raises(OSError, match="No space"):
         tiny_model(logit_scale=20).save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == before

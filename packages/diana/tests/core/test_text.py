@@ -58,11 +58,11 @@ def test_a_dialogue() -> None:
 @pytest.mark.parametrize(
     "messages, words",
     [
-        ([ROUND[1]], "rounds start with gpt"),
+        ([ROUND[1]], "turns start with gpt"),
         ([ROUND[0], ROUND[0]], "message 1"),
         ([{"from": "system", "value": "x"}], "'system'"),
         ([{"from": "gpt"}], "'value'"),
-        (["hello"], "str"),
+        (["hello"], "not a list of messages"),
         ("hello", "not a list of messages"),
     ],
 )

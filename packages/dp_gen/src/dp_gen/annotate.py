@@ -1,19 +1,23 @@
 """`annotate.py`, `dp-annotate`: let a chat model rewrite the captions of edited images."""
 
 import argparse
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_gen.annotation import Row, build_prompt, read_rows, reject_response, select_rows
 from tbps_common.errors import InputError
-from tbps_common.pipeline.journal import Journal
+from tbps_common.pipeline.chat import Conversation, Rejected, in_conversations
+from tbps_common.pipeline.client import ChatClient, request_fields
+from tbps_common.pipeline.journal import Journal, Record, read_json_lines
+from tbps_common.pipeline.stages import Dropped, Results, Work, run_stage, say
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
 from tbps_common.run.command import command
 
-__all__ = ["build_prompt", "main", "reject_response", "select_rows"]
+__all__ = ["Row", "build_prompt", "main", "read_rows", "reject_response", "select_rows"]
 
 DESCRIPTION = """\
 Rewrite the captions of edited images with a chat model of any OpenAI-compatible server.
@@ -37,8 +41,53 @@ missing rows only. Rows without a usable answer stand in <output_path>.rejected.
 Exit status: 0 if every row of the range has its caption, otherwise not 0.
 """
 
-_TRIES = 3  # questions per row while its answers are rejected
 _SHOWN = 20
+
+SHORTEST_REPLY = 30
+
+# An answer that talks about the task instead of doing it.
+REJECTED_PHRASES = (
+    "sorry",
+    "抱歉",
+    "given prompt",
+    "new prompt",
+    "modified prompt",
+    "translated prompt",
+    "rewritten prompt",
+    "created prompt",
+    "updated prompt",
+    "replace a commonly used requirement",
+    "if the original problem can be solved with only a",
+    "modify the given programming",
+    "propose higher time or space complexity",
+    "modify the programming test",
+)
+REJECTED_STARTS = ("modify the",)
+
+_PROMPT = """\
+Below is a sentence that describes a pedestrian, and a list of attributes that the pedestrian has now. Rewrite the \
+sentence: wherever it mentions an attribute that one of the list corresponds to (hair, upper clothing, lower clothing, \
+shoes, a bag and so on), put the listed one in its place. Keep everything else that the sentence says, and its style. \
+Answer with the rewritten sentence only.
+
+Sentence: {description}
+Attributes: {attributes}
+Rewritten sentence:"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the input.
+
+    Attributes:
+        index: line number, from 0.
+        fields: as stored.
+        instruction: the full prompt.
+    """
+
+    index: int
+    fields: dict[str, Any]
+    instruction: str
 
 
 @command
@@ -65,10 +114,6 @@ def main(argv: list[str]) -> int:
 
 
 def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
-    from tqdm import tqdm
-
-    from tbps_common.pipeline import ChatClient, run
-
     client = ChatClient(
         args.model,
         base_url=args.base_url,
@@ -82,25 +127,29 @@ def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
             name: getattr(args, name)
             for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "max_tokens")
         },
+        fields=args.request_fields,
     )
 
-    def say(sentence: str) -> None:
-        tqdm.write(sentence, file=sys.stdout)
+    async def converse(row: Record, conversation: Conversation) -> Record:
+        sentence = await conversation.ask([{"role": "user", "content": row["instruction"]}], accept)
+        return {**row, "output": sentence, "model": args.model}
 
-    outcome = run(
-        _job(rows, args.model),
-        client,
+    places = {row.instruction: row.index for row in reversed(rows)}
+    outcome = run_stage(
+        [{**row.fields, "index": row.index, "instruction": row.instruction} for row in rows],
+        _with_reports(in_conversations(client, converse), rows, args.SLICE_STEP),
         args.output_path,
-        tries=_TRIES,
-        settled=_slice_reports(rows, args.SLICE_STEP, say),
-        say=say,
+        key=_key(args.output_path),
+        order=lambda record: (
+            record["index"] if isinstance(record.get("index"), int) else places.get(str(record.get("instruction")), -1)
+        ),
         unit="row",
     )
     rate = f", {outcome.done / outcome.seconds:.1f} rows/s" if outcome.done else ""
     print(
-        f"{outcome.kept + outcome.done} of {outcome.items + unusable} rows have their caption in {args.output_path} "
-        f"({outcome.kept} from before): {outcome.rejected} rejected, {outcome.failed} failed, {unusable} unusable input "
-        f"lines, {outcome.missing - outcome.rejected - outcome.failed} not asked; {outcome.retries} requests repeated, "
+        f"{outcome.items - outcome.missing} of {outcome.items + unusable} rows have their caption in {args.output_path} "
+        f"({outcome.before} from before): {outcome.rejected} rejected, {outcome.failed} failed, {unusable} unusable input "
+        f"lines, {outcome.missing - outcome.rejected - outcome.failed} not asked; {client.retries} requests repeated, "
         f"{outcome.seconds:.1f} s{rate}",
         flush=True,
     )
@@ -111,62 +160,131 @@ def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
     return outcome.exit_status or (1 if unusable else 0)
 
 
-def _job(rows: list[Row], model: str) -> Any:
-    from dp_gen.annotation.prompts import rejection_reason, sentence_of
-    from tbps_common.pipeline import Job, Rejected
+def _key(output: str) -> Callable[[Record], Hashable]:
+    """What makes a row itself: its number and its prompt; the prompt alone where the released code has answered it."""
+    stored = [entry for _, entry in read_json_lines(output) if isinstance(entry, dict)] if Path(output).exists() else []
+    released = {entry.get("instruction") for entry in stored if not isinstance(entry.get("index"), int)}
 
-    def parse(row: Row, reply: str) -> dict[str, Any]:
-        sentence = sentence_of(reply)
-        if reject_response(sentence):
-            raise Rejected(rejection_reason(sentence))
-        return {
-            **row.fields,
-            "index": row.index,
-            "instruction": row.instruction,
-            "output": sentence,
-            "base_description": row.fields["base_description"],
-            "reference_attribute_list": row.fields["reference_attribute_list"],
-            "model": model,
-        }
+    def key(entry: Record) -> Hashable:
+        instruction = entry.get("instruction")
+        if not isinstance(instruction, str) or ("output" in entry and not entry["output"]):
+            return None
+        return (None if instruction in released else entry.get("index"), instruction)
 
-    places = {row.instruction: row.index for row in reversed(rows)}
-    return Job(
-        items=rows,
-        # Rows that the released code wrote have no index: their prompt alone tells them apart.
-        keys=lambda row: ((row.index, row.instruction), (None, row.instruction)),
-        record_key=_record_key,
-        messages=lambda row: [{"role": "user", "content": row.instruction}],
-        parse=parse,
-        describe=lambda row: {**row.fields, "index": row.index, "instruction": row.instruction},
-        order=lambda record: (
-            record["index"] if isinstance(record.get("index"), int) else places.get(str(record.get("instruction")), -1)
-        ),
-    )
+    return key
 
 
-def _record_key(record: dict[str, Any]) -> Hashable | None:
-    index, instruction = record.get("index"), record.get("instruction")
-    if not isinstance(instruction, str) or not (record.get("output") or "reason" in record):
-        return None
-    return (index if isinstance(index, int) else None, instruction)
-
-
-def _slice_reports(rows: list[Row], step: int, say: Callable[[str], None]) -> Callable[[Row, str], None]:
-    """Counts settled rows, and says so when all asked rows of a slice are settled."""
+def _with_reports(work: Work, rows: Sequence[Row], step: int) -> Work:
+    """The same work, which says so when all asked rows of a slice are settled."""
     first = rows[0].index if rows else 0
     sizes = Counter((row.index - first) // step for row in rows)
-    fates: dict[int, Counter[str]] = {}
 
-    def settled(row: Row, fate: str) -> None:
-        place = (row.index - first) // step
-        counts = fates.setdefault(place, Counter())
-        counts[fate] += 1
-        if counts.total() == sizes[place]:
-            start = first + place * step
-            shown = ", ".join(f"{count} {of}" for of, count in sorted(counts.items()))
-            say(f"rows {start} to {start + step - 1}: {shown}")
+    def reporting(items: Sequence[Record], stop: Callable[[], bool]) -> Results:
+        fates = {place: Counter(kept=size) for place, size in sizes.items()}
+        for item in items:
+            fates[(item["index"] - first) // step]["kept"] -= 1
 
-    return settled
+        def report(place: int) -> None:
+            if fates[place].total() == sizes[place]:
+                shown = ", ".join(f"{count} {fate}" for fate, count in sorted(fates[place].items()) if count)
+                say(f"rows {first + place * step} to {first + (place + 1) * step - 1}: {shown}")
+
+        for place in sizes:
+            report(place)
+        for item, result in work(items, stop):
+            yield item, result
+            place = (item["index"] - first) // step
+            fates[place][result.kind if isinstance(result, Dropped) else "done"] += 1
+            report(place)
+
+    return reporting
+
+
+def select_rows(n: int, start: int, end: int) -> range:
+    """Numbers of the rows from `start` up to but without `end`, of `n`; a negative `end` means through the last."""
+    stop = n if end < 0 else min(end, n)
+    return range(min(start, stop), stop)
+
+
+def read_rows(path: str | os.PathLike[str], start: int, end: int) -> tuple[list[Row], list[str]]:
+    """Rows of the selected lines, and a sentence `file:line: ...` for each that cannot be used.
+
+    Raises:
+        DatasetError: the file is missing or is not UTF-8.
+    """
+    lines = read_json_lines(path)
+    selected = select_rows(lines[-1][0] + 1 if lines else 0, start, end)
+    rows, problems = [], []
+    for index, content in lines:
+        if index not in selected:
+            continue
+        problem = content if isinstance(content, str) else _problem(content)
+        if problem is not None:
+            problems.append(f"{os.fspath(path)}:{index + 1}: {problem}")
+        else:
+            assert isinstance(content, dict)
+            rows.append(Row(index, content, build_prompt(content)))
+    return rows, problems
+
+
+def _problem(fields: dict[str, Any]) -> str | None:
+    description = fields.get("base_description")
+    if not isinstance(description, str) or not description.strip():
+        return "'base_description' must be a sentence"
+    attributes = fields.get("reference_attribute_list")
+    listed = [attributes] if isinstance(attributes, str) else attributes
+    if not isinstance(listed, list) or not listed or not all(isinstance(one, str) and one.strip() for one in listed):
+        return "'reference_attribute_list' must be a list of phrases, or one phrase"
+    return None
+
+
+def build_prompt(row: dict[str, Any]) -> str:
+    """The one user message for a row, as plain text.
+
+    Args:
+        row: `base_description`, a string; `reference_attribute_list`, a list of strings or one string.
+    """
+    attributes = row["reference_attribute_list"]
+    listed = attributes if isinstance(attributes, str) else ", ".join(attributes)
+    # No str.format: braces in a description are just characters.
+    return _PROMPT.replace("{attributes}", listed, 1).replace("{description}", row["base_description"], 1)
+
+
+def reject_response(reply: str) -> bool:
+    """Whether a reply is no caption: too short, an apology, or an echo of the instruction."""
+    text = reply.strip().lower()
+    if len(text) < SHORTEST_REPLY or text.startswith(REJECTED_STARTS):
+        return True
+    return any(phrase in text for phrase in REJECTED_PHRASES)
+
+
+def accept(reply: str) -> str:
+    """The caption in a reply, without quotation marks around the whole.
+
+    Raises:
+        Rejected: it is no caption.
+    """
+    sentence = _unquoted(reply.strip())
+    if not reject_response(sentence):
+        return sentence
+    text = sentence.lower()
+    if len(text) < SHORTEST_REPLY:
+        raise Rejected(f"the answer is shorter than {SHORTEST_REPLY} characters")
+    found = next(phrase for phrase in (*REJECTED_PHRASES, *REJECTED_STARTS) if phrase in text)
+    raise Rejected(f"the answer is not a caption: it says {found!r}")
+
+
+def _unquoted(text: str) -> str:
+    for opening, closing in (('"', '"'), ("“", "”")):
+        inner = text[1:-1]
+        if (
+            len(text) > 1
+            and text.startswith(opening)
+            and text.endswith(closing)
+            and not {opening, closing} & set(inner)
+        ):
+            return inner.strip()
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -190,6 +308,12 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--timeout", type=number(0, above=True), default=60.0, help="seconds for one request")
     server.add_argument(
         "--row_deadline", type=number(0, above=True), default=600.0, help="seconds for one row, all its requests"
+    )
+    server.add_argument(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"reasoning_effort": "low"}',
     )
     server.add_argument("--dry_run", action="store_true", help="show the prompts and send nothing")
     sampling = parser.add_argument_group("sampling (additions; the released values except --max_tokens, once 4096)")

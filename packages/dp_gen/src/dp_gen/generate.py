@@ -2,9 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dp_gen.options import build_parser as build_shared_parser
 from tbps_common.errors import InputError
@@ -33,13 +31,6 @@ The groups "generation" and "generate.py" below are this command's own; flags th
 rates, losses, ...) are accepted and have no effect.
 """
 
-_FLAGS_OF_CONTENT = (
-    "pretrained_model_hf revision variant image_encoder_hf finetuned_model_path load_model resolution "
-    "MAX_REFERENCE_ATTRIBUTE_NUM mixed_precision inference_steps guidance_scale start_merge_step "
-    "num_images_per_description test_description test_reference_attribute_folder descriptions negative_description "
-    "height width edit_folder edit_split edit_labels reference_pool strength mask_dilation edit_mask edit_caption"
-).split()
-
 
 @command
 def main(argv: list[str]) -> int:
@@ -47,128 +38,9 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     args.seed = 0 if args.seed is None else args.seed
     _check_flags(args)
-    return _edit(args) if args.edit_folder else _new(args)
+    from dp_gen.generation.run import run
 
-
-def _new(args: argparse.Namespace) -> int:
-    from dp_gen.generation.tasks import check_descriptions, new_tasks, one_description, read_descriptions
-
-    if args.descriptions:
-        descriptions = read_descriptions(args.descriptions)
-    else:
-        descriptions = one_description(args.test_description, args.test_reference_attribute_folder)
-    check_descriptions(descriptions, _known_slots(args))
-    tasks = new_tasks(descriptions, args.num_images_per_description, args.seed)
-    from dp_gen.generation.produce import new_row
-
-    def produce(producer: Any, batch: Sequence[Any]) -> list[tuple[Any, dict[str, Any]]]:
-        return list(zip(producer.new(batch), map(new_row, batch)))
-
-    def fit(producer: Any, tasks: list[Any]) -> list[Any]:
-        producer.check(tasks)
-        return tasks
-
-    return _run(args, tasks, produce, fit)
-
-
-def _edit(args: argparse.Namespace) -> int:
-    from dp_gen.data_layout import FolderLayout, require_files
-    from dp_gen.generation.references import read_pool
-    from dp_gen.generation.tasks import EditPlan, edit_tasks
-
-    pool = read_pool(args.reference_pool)
-    labels = tuple(args.edit_labels or pool)
-    unknown = [label for label in labels if label not in pool]
-    if unknown:
-        raise InputError(f"--edit_labels {' '.join(unknown)}: the pool has references for {', '.join(pool)} only")
-    slots = _known_slots(args) or args.MAX_REFERENCE_ATTRIBUTE_NUM
-    substitute = args.edit_caption == "substituted"
-    plan = EditPlan(labels, pool, args.num_images_per_description, slots, args.seed, substitute, args.limit)
-    layout = FolderLayout(args.edit_folder, args.edit_split)
-    require_files(layout)
-    tasks, without = edit_tasks(layout, plan)
-    if without:
-        print(f"{without} samples of {args.edit_folder} have no segment of {', '.join(labels)} and are left out")
-    from dp_gen.data import TrainingFolder
-    from dp_gen.generation.produce import edit_row, read_persons
-
-    folder = TrainingFolder(args.edit_folder, args.edit_split)
-    persons = read_persons(Path(args.edit_folder))
-
-    def produce(producer: Any, batch: Sequence[Any]) -> list[tuple[Any, dict[str, Any]]]:
-        images = producer.edits(batch, folder)
-        return [(image, edit_row(task, persons.get(task.sample))) for image, task in zip(images, batch)]
-
-    def fit(producer: Any, tasks: list[Any]) -> list[Any]:
-        fitted = [task for task in map(producer.fitted, tasks) if task is not None]
-        if len(fitted) < len(tasks):
-            print(
-                f"{len(tasks) - len(fitted)} edits are left out: their phrases lie beyond the longest text of the model"
-            )
-        return fitted
-
-    return _run(args, tasks, produce, fit, originals=lambda row: folder.image_path(row["source"]))
-
-
-def _run(args: argparse.Namespace, tasks: list[Any], produce: Any, fit: Any, *, originals: Any = None) -> int:
-    from dp_gen.generation.run import Run
-
-    if not tasks:
-        raise InputError("there is nothing to generate: check the descriptions, --edit_folder and --edit_labels")
-    settings = {**{name: getattr(args, name) for name in _FLAGS_OF_CONTENT}, "seed": args.seed}
-    run = Run(Path(args.out), settings)
-    producer = _producer(args)
-    tasks = fit(producer, tasks)
-    if not tasks:
-        raise InputError("no edit is left: shorten the captions of --edit_folder")
-    return run.make(
-        tasks,
-        lambda batch: produce(producer, batch),
-        batch_size=args.generation_batch_size,
-        shard=args.shard,
-        originals=originals,
-    )
-
-
-def _producer(args: argparse.Namespace) -> Any:
-    import torch
-
-    from dp_gen.generation.produce import Producer, Sampling
-    from dp_gen.model import DiversePersonPipeline
-    from tbps_common.run.device import choose_device, device_sentence
-
-    device = choose_device(args.device)
-    precision = args.mixed_precision or "no"
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    print(device_sentence(args.device, device, {"no": "float32"}.get(precision, precision)))
-    pipeline = DiversePersonPipeline.from_args(args, dtype=dtype)
-    pipeline.model.to(device)
-    sampling = Sampling(
-        steps=args.inference_steps,
-        guidance=args.guidance_scale,
-        start_merge_step=args.start_merge_step,
-        negative=args.negative_description,
-        height=args.height,
-        width=args.width,
-        strength=args.strength,
-        dilation=args.mask_dilation,
-        whole_person=args.edit_mask == "full",
-    )
-    return Producer(pipeline, sampling)
-
-
-def _known_slots(args: argparse.Namespace) -> int | None:
-    """References that the model takes, where it says so without being loaded."""
-    from tbps_common.datasets import read_json
-
-    if not args.finetuned_model_path:
-        return args.MAX_REFERENCE_ATTRIBUTE_NUM
-    config = Path(args.finetuned_model_path) / "dp_gen_config.json"
-    if not config.is_file():
-        return args.MAX_REFERENCE_ATTRIBUTE_NUM
-    settings = read_json(config)
-    slots = settings.get("max_reference_attribute_num") if isinstance(settings, dict) else None
-    return slots if isinstance(slots, int) else None
+    return run(args)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -28,17 +28,16 @@ from lavis.models.eva_vit import VisionTransformer as EvaViT  # pyright: ignore[
 from torch import Tensor, nn
 
 from fafa.model.fafa import FAFA
-from fafa.model.layout import Entry
 from fafa.model.settings import BACKBONES, ModelSettings, read_settings
 from fafa.model.start_weights import load_checkpoint, load_start_weights
 from fafa.model.tokenizer import build_tokenizer
-from fafa.model.weights import LoadResult
+from fafa.model.weights import Entry, LoadResult
 
 NAME = "blip2_fafa_cpr"
 
 
 class LavisQFormer(BertLMHeadModel):
-    """LAVIS's Q-Former behind the signature that `fafa.model.backbone.Blip2` calls."""
+    """LAVIS's Q-Former behind the signature that `fafa.model.blip2.Blip2` calls."""
 
     def forward(
         self,

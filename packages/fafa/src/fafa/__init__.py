@@ -1,21 +1,14 @@
-"""FAFA: fine-grained adaptive feature alignment for composed person retrieval.
+"""FAFA: fine-grained adaptive feature alignment for composed person retrieval (loaded on first use)."""
 
-The names below are loaded on first use, so that importing the package costs nothing and `--help` answers at once.
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
 if TYPE_CHECKING:
-    from fafa.model import Blip2FAFACPR, load_model_and_preprocess
+    from fafa.model.fafa import Blip2FAFACPR, load_model_and_preprocess
 
 __version__ = "0.1.0"
 __all__ = ["Blip2FAFACPR", "load_model_and_preprocess"]
-
-_HOME = {"Blip2FAFACPR": "fafa.model", "load_model_and_preprocess": "fafa.model"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, _, _ = lazy_loader.attach(
+    __name__, submod_attrs={"model.fafa": ["Blip2FAFACPR", "load_model_and_preprocess"]}
+)

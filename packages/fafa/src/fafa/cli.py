@@ -1,23 +1,25 @@
-"""Console commands of fafa. Heavy libraries are imported when a command starts to work, not to print its help."""
+"""Console commands of fafa: flags and files are read at once, the heavy libraries are imported when the work begins."""
 
+from importlib import import_module
+
+from fafa.options import check_training_flags, get_args, index_args, inference_args, search_args
+from fafa.run_directory import find_run, read_run
+from fafa.syncpr.options import build_parser as build_syncpr_parser
 from tbps_common.run.command import command
 
 
 @command
 def train_main(argv: list[str]) -> int:
     """`src/blip_fine_tune_new.py`, `fafa-train`: train a model."""
-    from fafa.options import check_training_flags, get_args
-    from fafa.preflight import check_training_inputs
-
     args = get_args(argv)
     warnings = check_training_flags(args)
-    resumed = None
-    if args.resume:
-        from fafa.training.run_directory import find_run
+    resumed = find_run(args.resume, args) if args.resume else None
 
-        resumed = find_run(args)
-    inputs = check_training_inputs(args, resumed / "model_config.yaml" if resumed else None)
-    from fafa.training.start import train
+    from fafa.inputs import read_inputs
+
+    inputs = read_inputs(args, resumed)
+
+    from fafa.train import train
 
     return train(args, inputs, resumed=resumed, warnings=warnings)
 
@@ -25,38 +27,50 @@ def train_main(argv: list[str]) -> int:
 @command
 def infer_main(argv: list[str]) -> int:
     """`inference_fafa.py`, `fafa-infer`: evaluate a trained model on ITCPR."""
-    from fafa.inference import main
+    flags = inference_args(argv)
+    run = read_run(flags)
 
-    return main(argv)
+    from fafa.inputs import check_itcpr
+
+    itcpr = check_itcpr(flags.itcpr_root or run.itcpr_root)
+
+    from fafa.inference import infer
+
+    return infer(run, itcpr, flags)
 
 
 @command
 def index_main(argv: list[str]) -> int:
     """`fafa-index`: compute the features of a folder of images once."""
+    flags = index_args(argv)
+    run = read_run(flags)
+
     from fafa.search import index
 
-    return index(argv)
+    return index(run, flags)
 
 
 @command
 def search_main(argv: list[str]) -> int:
     """`fafa-search`: find the images of an index that show the person of a picture with the changes of a sentence."""
+    flags = search_args(argv)
+    run = read_run(flags)
+
     from fafa.search import search
 
-    return search(argv)
+    return search(run, flags)
 
 
 @command
 def itcpr_main(argv: list[str]) -> int:
     """`fafa-itcpr prepare`: put the images of ITCPR's three sources into the folders its annotation names."""
-    from fafa.itcpr import main
+    from fafa.prepare_itcpr import main
 
     return main(argv)
 
 
 @command
 def syncpr_main(argv: list[str]) -> int:
-    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | tiny | toy`: make training data of one's own."""
-    from fafa.syncpr.command import main
-
-    return main(argv)
+    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | cost`: make training data of one's own."""
+    flags = build_syncpr_parser().parse_args(argv)
+    return import_module(f"fafa.syncpr.{flags.stage}").main(flags)

@@ -1,25 +1,29 @@
-"""From features to the numbers of the paper: similarity, ranking, metrics, and the sweep over k.
+"""From features to the numbers of the paper: similarity, ranking, metrics.
 
 Similarity is the mean of the k largest of the T cosines of a query vector with the tokens of a gallery image. Nothing here
-holds Q x G x T values except `batchwise_similarity`, which exists for users of the released code.
+holds Q x G x T values except `batchwise_similarity`, which exists for users of the released code. Features are ranked on
+the device they are on, which is the model's.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fafa.data import GalleryDataset, QueryDataset
+from fafa.features import CacheBudget, Extractor, StateCache
+from fafa.model.fafa import FAFA
+from fafa.options import TrainingFlags
+from fafa.processors import BlipCaptionProcessor
+from fafa.transforms import Transform
+from tbps_common.datasets import ITCPR
 from tbps_common.errors import InputError
-from tbps_common.ranking import RetrievalResult, evaluate_rows, rank, retrieve, score_rows
-from tbps_common.ranking.inputs import identity_array
-from tbps_common.ranking.metrics import QueryMetrics, apply_missing, summarise
-from tbps_common.ranking.selection_network import selection_network
-
-if TYPE_CHECKING:
-    from fafa.model import Blip2FAFACPR
+from tbps_common.ranking import RetrievalResult, rank, retrieve, score_rows
+from tbps_common.run.distributed import Ranks
 
 __all__ = [
     "batchwise_similarity",
@@ -33,9 +37,8 @@ __all__ = [
 
 logger = logging.getLogger("fafa.evaluation")
 
-# Pairs sorted at once in a sweep: on a CPU the slabs of 32 tokens must stay in the core's cache.
-_CPU_PAIRS, _GPU_PAIRS = 1 << 13, 1 << 21
-_SWEEP_BYTES = 1 << 28
+COLUMNS = {"recall_at1": "R1", "recall_at5": "R5", "recall_at10": "R10", "mAP": "mAP"}
+"""Name in the tables of a run -> name of the metric."""
 
 
 def batchwise_similarity(qfeats: Tensor, gfeats: Tensor, batch_size: int = 500) -> Tensor:
@@ -89,14 +92,14 @@ def retrieval(
 
     Args:
         qfeats: `[Q, D]`, unit.
-        gfeats: `[G, T, D]`, unit.
+        gfeats: `[G, T, D]`, unit; with several processes (`group`) the part that this one encoded.
         q_ids: integer instance ids `[Q]`.
-        g_ids: integer instance ids `[G]`; -1 answers no query.
+        g_ids: integer instance ids `[G]` of `gfeats`; -1 answers no query.
         k: tokens that count.
         soft: False for the best token alone.
         topk: gallery positions returned for each query.
         max_rank: length of the CMC curve.
-        **options: of `tbps_common.ranking.retrieve` (`device`, `precision`, `progress`, ...).
+        **options: of `tbps_common.ranking.retrieve` (`group`, `precision`, `progress`, ...).
 
     Raises:
         InputError: `k` is below 1 or above T, or no query has a match.
@@ -107,119 +110,13 @@ def retrieval(
     result = retrieve(
         qfeats, gfeats, q_ids, g_ids, reduce=reduce, k=k, topk=topk, max_rank=max_rank, on_missing="miss", **options
     )
-    _report_missing(result.num_missing, result.num_queries)
-    return result
-
-
-def sweep(
-    qfeats: Tensor, gfeats: Tensor, q_ids: Any, g_ids: Any, ks: Sequence[int], max_rank: int = 10
-) -> dict[int, RetrievalResult]:
-    """Metrics for several k from one pass over the similarities: tokens are sorted once, their means are running sums.
-
-    Args:
-        qfeats: `[Q, D]`, unit.
-        gfeats: `[G, T, D]`, unit.
-        q_ids: integer instance ids `[Q]`.
-        g_ids: integer instance ids `[G]`.
-        ks: numbers of tokens.
-        max_rank: length of the CMC curves.
-
-    Returns:
-        Result of each k, in ascending order; without positions (`indices` is None).
-
-    Raises:
-        InputError: a k is below 1 or above T, or no query has a match.
-    """
-    queries, gallery = identity_array(q_ids, "q_ids"), identity_array(g_ids, "g_ids")
-    if len(queries) != len(qfeats) or len(gallery) != len(gfeats):
-        raise ValueError(
-            f"{len(qfeats)} queries and {len(gfeats)} images, but {len(queries)} and {len(gallery)} identities."
+    if result.num_missing:
+        logger.warning(
+            "%d of %d queries have no match in the gallery and count as never found.",
+            result.num_missing,
+            result.num_queries,
         )
-    wanted = sorted(set(ks))
-    for k in wanted:
-        _check_k(k, gfeats.shape[1])
-    found = np.isin(queries, gallery)
-    if not wanted or not found.any():
-        raise InputError("A sweep needs at least one k, and a query whose instance id is in the gallery.")
-    _report_missing(int((~found).sum()), len(queries))
-    places = np.flatnonzero(found)
-    size = max(1, _SWEEP_BYTES // (4 * len(wanted) * len(gallery)))
-    values = {k: np.full((3, len(queries)), np.nan) for k in wanted}
-    for start in range(0, len(places), size):
-        block = places[start : start + size]
-        means = topk_means(qfeats[torch.from_numpy(block).to(qfeats.device)], gfeats, wanted)
-        for k, scores in zip(wanted, means):
-            result = evaluate_rows(lambda a, b, rows=scores: rows[a:b], queries[block], gallery, topk=0)
-            values[k][:, block] = np.stack([result.ap.numpy(), result.inp.numpy(), result.first_rank.numpy()])
-    return {k: _result(values[k], ~found, len(gallery), max_rank) for k in wanted}
-
-
-def _result(values: np.ndarray, missing: np.ndarray, num_gallery: int, max_rank: int) -> RetrievalResult:
-    first_rank = np.where(missing, 0, values[2]).astype(np.int64)
-    counted = apply_missing(QueryMetrics(values[0], values[1], first_rank), num_gallery, "miss")
-    metrics, cmc = summarise(counted, missing, max_rank)
-    return RetrievalResult(
-        metrics=metrics,
-        cmc=torch.from_numpy(cmc.astype(np.float32)),
-        ap=torch.from_numpy(counted.ap),
-        inp=torch.from_numpy(counted.inp),
-        first_rank=torch.from_numpy(counted.first_rank),
-        indices=None,
-        scores=None,
-        num_queries=len(missing),
-        num_missing=int(missing.sum()),
-    )
-
-
-def topk_means(qfeats: Tensor, gfeats: Tensor, ks: Sequence[int]) -> list[Tensor]:
-    """Means of the k largest token similarities for several k, `[Q, G]` each.
-
-    Every token is one contiguous row of scratch; a sorting network of element-wise maxima and minima orders all pairs
-    together, and the running sum over its rows gives the mean for every k.
-
-    Args:
-        qfeats: `[Q, D]`.
-        gfeats: `[G, T, D]`.
-        ks: ascending, each between 1 and T.
-    """
-    groups, tokens, width = gfeats.shape
-    network = selection_network(tokens, tokens)
-    comparators = [(i, j) for i, j, _ in network.sort]
-    means = [qfeats.new_empty(len(qfeats), groups) for _ in ks]
-    pairs = _CPU_PAIRS if qfeats.device.type == "cpu" else _GPU_PAIRS
-    step = max(1, pairs // len(qfeats))
-    scratch = qfeats.new_empty(network.width + 1, min(step, groups) * len(qfeats))
-    for start in range(0, groups, step):
-        images = gfeats[start : start + step].to(qfeats)
-        count = len(images) * len(qfeats)
-        rows = scratch[:, :count] if count == scratch.shape[1] else qfeats.new_empty(len(scratch), count)
-        rows[tokens:] = float("-inf")
-        tokens_first = images.transpose(0, 1).reshape(-1, width)
-        torch.mm(tokens_first, qfeats.t(), out=rows[:tokens].view(-1, len(qfeats)))
-        running = _sorted_rows(rows, comparators)
-        total = torch.zeros_like(rows[0])
-        taken = 0
-        for k, mean in zip(ks, means):
-            for row in running[taken:k]:
-                total += row
-            taken = k
-            mean[:, start : start + step] = (total / k).view(len(images), -1).t()
-    return means
-
-
-def _sorted_rows(rows: Tensor, comparators: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Rows in descending order, element by element; the last row is spare room."""
-    wires: list[Any] = list(rows[:-1])
-    spare: Any = rows[-1]
-    on_cpu = rows.device.type == "cpu"
-    if on_cpu:  # numpy: half the cost of a call of the torch functions
-        wires, spare = [wire.numpy() for wire in wires], spare.numpy()
-    maximum, minimum = (np.maximum, np.minimum) if on_cpu else (torch.maximum, torch.minimum)
-    for i, j in comparators:
-        maximum(wires[i], wires[j], out=spare)
-        minimum(wires[i], wires[j], out=wires[j])
-        wires[i], spare = spare, wires[i]
-    return [torch.from_numpy(wire) for wire in wires] if on_cpu else wires
+    return result
 
 
 def _check_k(k: int, tokens: int) -> None:
@@ -227,13 +124,24 @@ def _check_k(k: int, tokens: int) -> None:
         raise InputError(f"--fda-k {k} must lie between 1 and the number of query tokens, {tokens}.")
 
 
-def _report_missing(missing: int, queries: int) -> None:
-    if missing:
-        logger.warning("%d of %d queries have no match in the gallery and count as never found.", missing, queries)
+def sweep(
+    qfeats: Tensor, gfeats: Tensor, q_ids: Any, g_ids: Any, ks: Sequence[int], max_rank: int = 10
+) -> dict[int, RetrievalResult]:
+    """`retrieval` for several k in ascending order, without positions (`indices` is None)."""
+    return {k: retrieval(qfeats, gfeats, q_ids, g_ids, k, topk=0, max_rank=max_rank) for k in sorted(set(ks))}
+
+
+def itcpr_sets(itcpr: ITCPR, transform: Transform) -> tuple[QueryDataset, GalleryDataset]:
+    """The queries and the gallery of an annotation."""
+    query, gallery = itcpr.query, itcpr.gallery
+    return (
+        QueryDataset(query["instance_ids"], query["img_paths"], query["captions"], transform),
+        GalleryDataset(gallery["instance_ids"], gallery["img_paths"], transform),
+    )
 
 
 def compute_itcpr_val_metrics(
-    model: "Blip2FAFACPR",
+    model: FAFA,
     val_query_set: Any,
     val_gallery_set: Any,
     txt_processors: Mapping[str, Any],
@@ -255,21 +163,81 @@ def compute_itcpr_val_metrics(
     Raises:
         InputError: an image cannot be read, `fda_k` exceeds the query tokens, or no query has a match.
     """
-    from fafa.extraction import Extractor
-
     if soft:
         _check_k(model.fda_k, model.num_query_token)
-    extractor = Extractor(
-        model, model.device, clean=txt_processors["eval"], batch_size=batch_size, num_workers=num_workers
-    )
+    extractor = Extractor(model, txt_processors["eval"], batch_size=batch_size, num_workers=num_workers)
     gallery = extractor.gallery(val_gallery_set)
     queries = extractor.queries(val_query_set, val_query_set.captions)
-    result = retrieval(
-        queries, gallery, val_query_set.instance_ids, val_gallery_set.instance_ids, model.fda_k, soft, topk=0
-    )
+    ids = torch.as_tensor(val_query_set.instance_ids), torch.as_tensor(val_gallery_set.instance_ids)
+    result = retrieval(queries, gallery, *ids, model.fda_k, soft, topk=0)
     print(result.table(task="com"))
-    return tuple(result.metrics[name] for name in ("R1", "R5", "R10", "mAP"))  # type: ignore[return-value]
+    return tuple(result.metrics[name] for name in COLUMNS.values())  # type: ignore[return-value]
 
 
 # The authors' spelling.
 compute_ticpr_val_metrics = compute_itcpr_val_metrics
+
+
+class Validator:
+    """Measures a model in training. The outputs of a frozen ViT are computed once, as far as they fit `--eval-cache-gb`.
+
+    With several processes each encodes a part of the gallery and ranks all queries against it; no process holds it whole.
+
+    Args:
+        model: it is put into evaluation mode for the length of a validation.
+        itcpr: queries and gallery.
+        transform: of the test images.
+        args: the flags of the run.
+        ranks: processes that share the work.
+        stop_requested: asked between batches.
+    """
+
+    def __init__(
+        self,
+        model: FAFA,
+        itcpr: ITCPR,
+        transform: Transform,
+        args: TrainingFlags,
+        ranks: Ranks,
+        stop_requested: Callable[[], bool],
+    ):
+        self.query_set, self.gallery_set = itcpr_sets(itcpr, transform)
+        self._model, self._ranks = model, ranks
+        self._extractor = Extractor(
+            model,
+            BlipCaptionProcessor(),
+            args.eval_batch_size,
+            args.eval_num_workers,
+            ranks,
+            stop_requested=stop_requested,
+            progress=True,
+        )
+        limit = int(args.eval_cache_gb * 2**30) if model.settings.freeze_vit else 0
+        budget = CacheBudget(limit, Path(args.eval_cache_dir) if args.eval_cache_dir else None)
+        self._query_cache = StateCache(budget, f"query{ranks.rank}") if limit else None
+        self._gallery_cache = StateCache(budget, f"gallery{ranks.rank}") if limit else None
+
+    def measure(self) -> dict[str, float]:
+        """Validate; every process must call it.
+
+        Returns:
+            `recall_at1`, `recall_at5`, `recall_at10`, `mAP` in percent, on every process.
+
+        Raises:
+            ExtractionStopped: the run was asked to stop meanwhile.
+            DatasetError: an image cannot be read.
+        """
+        queries = self._extractor.queries(self.query_set, self.query_set.captions, self._query_cache)
+        gallery = self._extractor.gallery(self.gallery_set, self._gallery_cache)
+        q_ids, g_ids = torch.as_tensor(self.query_set.instance_ids), torch.as_tensor(self.gallery_set.instance_ids)
+        own = self._extractor.own_part(len(g_ids))
+        group = dist.group.WORLD if self._ranks.distributed else None
+        result = retrieval(queries, gallery, q_ids, g_ids[own], self._model.fda_k, topk=0, group=group)
+        logger.info("\n%s", result.table(task="com"))
+        return {column: result.metrics[name] for column, name in COLUMNS.items()}
+
+    def close(self) -> None:
+        """Give the caches back."""
+        for cache in (self._query_cache, self._gallery_cache):
+            if cache is not None:
+                cache.close()

@@ -1,7 +1,7 @@
-"""The flags of the training command: the authors' flags with their names and types, and the project's additions.
+"""The flags of every command, with all their defaults: the authors' flags with their names and types, and our additions.
 
-Every default of a run lives in this parser and nowhere else. Flags of one value are checked while parsing (exit status
-2, as argparse does); `check_training_flags` checks what needs several flags at once.
+Flags of one value are checked while parsing (exit status 2, as argparse does); `check_training_flags` checks what needs
+several flags at once. The flags of `fafa-syncpr` and `fafa-itcpr` stand beside what they start.
 """
 
 import argparse
@@ -9,15 +9,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from fafa.model.settings import MODEL_NAME
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 TRANSFORMS = ("squarepad", "targetpad", "resize")
 AMP_DTYPES = ("fp16", "bf16", "fp32")
 BAD_IMAGES = ("drop", "stop")
-MODEL_NAME = "blip2_fafa_cpr"
 
-DESCRIPTION = """\
+TRAINING = """\
 Train FAFA on SynCPR and validate it on ITCPR.
 
 The paper's command, run from packages/fafa:
@@ -48,8 +48,8 @@ The paper's command, run from packages/fafa:
 
 A flag given twice keeps its last value, so a command can be adapted by appending to it.
 The run directory <output-dir>/<date>_<time>_<exp-name> receives training_hyperparameters.json, the tables of losses and
-validations, saved_models/ and the state to go on from with --resume.
-Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process takes a batch of its own).
+validations, saved_models/ and the state that --resume continues from.
+Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process has batches of its own).
 """
 
 
@@ -73,12 +73,69 @@ def step_count(text: str) -> int:
     return whole_number(1)(str(int(is_power[1]) * 10 ** int(is_power[2])) if is_power else text)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the training command."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False)
+class TrainingFlags(argparse.Namespace):
+    """The flags of a training run, parsed."""
+
+    dataset: str
+    syncpr_data_path: str
+    itcpr_root: str
+    json_path: str
+    num_workers: int
+    transform: str
+    target_ratio: float
+    setting: list[str]
+    blip_model_name: str
+    backbone: str
+    num_query_token: int | None
+    resume_path: str | None
+    loss_fda: float
+    loss_fd: float
+    loss_mfr: float
+    fda_k: int
+    fda_alpha: float
+    fd_margin: float
+    exp_name: str
+    num_epochs: int
+    batch_size: int
+    learning_rate: float
+    validation_frequency: int
+    validation_step: int
+    save_training: bool
+    save_best: bool
+    save_last: bool
+    save_memory: bool
+    resume: str | None
+    save_state_every: int
+    seed: int | None
+    device: str
+    amp_dtype: str
+    use_fda_alpha: bool
+    gather: bool
+    compile: bool
+    output_dir: str
+    max_steps: int | None
+    no_code_backup: bool
+    bad_images: str
+    log_every: int
+    eval_batch_size: int
+    eval_num_workers: int
+    eval_cache_gb: float
+    eval_cache_dir: str | None
+    trust_checkpoint: bool
+
+
+def get_args(argv: Sequence[str] | None = None) -> TrainingFlags:
+    """Parse the flags of a training run; None reads the command line."""
+    parser = _parser(TRAINING)
     _add_authors_flags(parser)
     _add_project_flags(parser)
-    return parser
+    return parser.parse_args(argv, namespace=TrainingFlags())
+
+
+def _parser(description: str, name: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
 
 
 def _add_authors_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +160,7 @@ def _add_authors_flags(parser: argparse.ArgumentParser) -> None:
         default="pretrain",
         help="pretrain (ViT-g), pretrain_vitL, coco, or (addition) a YAML file that describes the model",
     )
-    model.add_argument("--num-query-token", type=whole_number(1), help="query tokens; None: as the backbone says (32)")
+    model.add_argument("--num-query-token", type=whole_number(1), help="query tokens; by default the backbone's (32)")
     model.add_argument("--resume-path", help="checkpoint loaded over the start weights (weights only; see --resume)")
 
     loss = parser.add_argument_group("losses (the authors' flags)")
@@ -132,16 +189,16 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
     ours.add_argument(
         "--resume",
         metavar="RUN_DIR|auto",
-        help="go on with an interrupted run exactly where its last state was saved; auto: the newest of --exp-name",
+        help="continue an interrupted run exactly where its state was last saved; auto: the newest run of --exp-name",
     )
     ours.add_argument(
         "--save-state-every",
         type=whole_number(0),
         default=500,
         metavar="STEPS",
-        help="steps between two savings of the state for --resume, beside those after every epoch; 0: only those",
+        help="save the state for --resume every so many steps, in addition to every epoch; 0: after epochs only",
     )
-    ours.add_argument("--seed", type=int, help="seed of process r is seed+r; None: drawn, and recorded")
+    ours.add_argument("--seed", type=int, help="process r uses seed + r; by default drawn at random and recorded")
     ours.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     ours.add_argument(
         "--amp-dtype",
@@ -149,7 +206,9 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="autocast of the training step: fp16 needs a GPU and is float32 on a CPU; bf16 works on both",
     )
-    ours.add_argument("--use-fda-alpha", action="store_true", help="other pairs of a group count --fda-alpha, not 1")
+    ours.add_argument(
+        "--use-fda-alpha", action="store_true", help="weigh the other pairs of a group with --fda-alpha, not 1"
+    )
     ours.add_argument(
         "--gather",
         action="store_true",
@@ -162,34 +221,31 @@ def _add_project_flags(parser: argparse.ArgumentParser) -> None:
     )
     ours.add_argument("--output-dir", default="output/cpr", help="folder of the run directories")
     ours.add_argument(
-        "--max-steps", type=whole_number(1), help="end the run after this many steps (of the same schedule)"
+        "--max-steps", type=whole_number(1), help="end the run early, after this many steps; the schedule stays"
     )
     ours.add_argument("--no-code-backup", action="store_true", help="do not copy the package's source to code_backup/")
     ours.add_argument(
-        "--bad-images", choices=BAD_IMAGES, default="drop", help="training triplets that cannot be loaded"
+        "--bad-images",
+        choices=BAD_IMAGES,
+        default="drop",
+        help="what to do with training triplets that cannot be loaded",
     )
     ours.add_argument("--log-every", type=whole_number(1), default=50, help="steps between two lines of the log")
-    add_evaluation_flags(ours)
-    add_trust_flag(ours)
-
-
-def add_evaluation_flags(group: Any) -> None:
-    """Flags of the validation during training."""
-    group.add_argument(
+    ours.add_argument(
         "--eval-batch-size", type=whole_number(1), default=64, help="images encoded at once in validation"
     )
-    group.add_argument("--eval-num-workers", type=whole_number(0), default=2, help="processes that load ITCPR images")
-    group.add_argument(
+    ours.add_argument("--eval-num-workers", type=whole_number(0), default=2, help="processes that load ITCPR images")
+    ours.add_argument(
         "--eval-cache-gb",
         type=number(0),
         default=4.0,
-        help="memory of each process for the outputs of a frozen ViT on ITCPR, which no validation computes twice; 0: none",
+        help="memory per process that keeps a frozen ViT's outputs on ITCPR for later validations; 0: none",
     )
-    group.add_argument("--eval-cache-dir", help="keep these outputs in a file of this folder instead of in memory")
+    ours.add_argument("--eval-cache-dir", help="keep these outputs in a file in this folder instead of in memory")
+    _add_trust_flag(ours)
 
 
-def add_trust_flag(group: Any) -> None:
-    """`--trust-checkpoint`, shared by every command that reads a checkpoint."""
+def _add_trust_flag(group: Any) -> None:
     group.add_argument(
         "--trust-checkpoint",
         action="store_true",
@@ -198,12 +254,7 @@ def add_trust_flag(group: Any) -> None:
     )
 
 
-def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags of a training run; None reads the command line."""
-    return build_parser().parse_args(argv)
-
-
-def check_training_flags(args: argparse.Namespace) -> list[str]:
+def check_training_flags(args: TrainingFlags) -> list[str]:
     """Refuse combinations of flags that cannot be trained, before anything is loaded or written.
 
     Returns:
@@ -220,9 +271,7 @@ def check_training_flags(args: argparse.Namespace) -> list[str]:
             "that many of the query tokens"
         )
     if args.resume and args.resume_path:
-        raise InputError(
-            "--resume goes on with a run and its weights, --resume-path starts a new one: give one of them"
-        )
+        raise InputError("--resume continues a run with its weights, --resume-path starts a new run: give one of them")
     if args.gather and args.bad_images != "stop":
         raise InputError(
             "--gather needs batches of one size on all processes, and a triplet that is left out makes one smaller: add "
@@ -244,3 +293,91 @@ def check_training_flags(args: argparse.Namespace) -> list[str]:
     if args.eval_cache_dir and not args.eval_cache_gb:
         warnings.append("--eval-cache-dir has no effect with --eval-cache-gb 0")
     return warnings
+
+
+INFERENCE = """\
+Evaluate a trained model on ITCPR.
+
+The paper's command, run from packages/fafa:
+
+  python inference_fafa.py \\
+    --exp-dir output/cpr/FAFA_experiment \\
+    --model-name tuned_recall_at1_step.pt \\
+    --itcpr-root /path/to/ITCPR \\
+    --batch-size 256
+
+Writes inference_results_<model-name>.json, evaluation.json, cmc.png and ranked_list.png into the run directory. A
+downloaded model needs <dir>/training_hyperparameters.json and <dir>/saved_models/<file>.pt.
+"""
+INDEX = """\
+Compute the features of all images of a folder once, for fafa-search:
+
+  fafa-index --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --images FOLDER --out gallery.safetensors
+
+An index that exists already is completed with the images it lacks.
+"""
+SEARCH = """\
+Find images of the person of a picture, with the changes that a sentence names, best first:
+
+  fafa-search --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --index gallery.safetensors \\
+    --image reference.jpg --text "now wearing a red coat"
+"""
+
+
+def inference_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags of `inference_fafa.py`."""
+    parser = _parser(INFERENCE)
+    _add_run_flags(parser)
+    parser.add_argument("--dataset", choices=["itcpr"], default="itcpr", help="data set")
+    parser.add_argument("--itcpr-root", help="ITCPR root; by default the one recorded by the training")
+    _add_loading_flags(parser)
+    ours = parser.add_argument_group("additions of this project")
+    ours.add_argument(
+        "--fda-k-sweep",
+        type=whole_number(1),
+        nargs="+",
+        metavar="K",
+        help="print and write the metrics for several numbers of averaged tokens, from the same features",
+    )
+    ours.add_argument("--report-dir", help="folder of evaluation.json and the pictures; by default the run directory")
+    return parser.parse_args(argv)
+
+
+def index_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags of `fafa-index`."""
+    parser = _parser(INDEX, "fafa-index")
+    _add_run_flags(parser)
+    parser.add_argument("--images", required=True, help="folder of images, searched with its sub-folders")
+    parser.add_argument("--out", default="gallery.safetensors", help="index to write or to complete")
+    _add_loading_flags(parser)
+    return parser.parse_args(argv)
+
+
+def search_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags of `fafa-search`."""
+    parser = _parser(SEARCH, "fafa-search")
+    _add_run_flags(parser)
+    parser.add_argument("--index", default="gallery.safetensors", help="index of fafa-index")
+    parser.add_argument("--image", required=True, help="picture of the person")
+    parser.add_argument("--text", required=True, help="what is different in the images to find")
+    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show")
+    parser.add_argument("--output", default="hits.png", help="picture to write")
+    return parser.parse_args(argv)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a trained model."""
+    parser.add_argument("--exp-dir", required=True, help="run directory, with training_hyperparameters.json")
+    parser.add_argument("--model-name", default="tuned_recall_at1_step.pt", help="file of its saved_models/")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; without a GPU the CPU is used")
+    parser.add_argument(
+        "--backbone",
+        help="addition: model to build instead of the recorded one: pretrain, pretrain_vitL, coco or a YAML file",
+    )
+    _add_trust_flag(parser)
+
+
+def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """How images are loaded."""
+    parser.add_argument("--batch-size", type=whole_number(1), default=256, help="images encoded at once")
+    parser.add_argument("--num-workers", type=whole_number(0), default=4, help="processes that load images")

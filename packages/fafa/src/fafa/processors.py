@@ -1,7 +1,6 @@
-"""Cleaning of captions, and the image processors that LAVIS's configuration names."""
+"""Cleaning of captions, as LAVIS's `blip_caption` does it."""
 
 import re
-from typing import Any
 
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
@@ -28,21 +27,3 @@ class BlipCaptionProcessor:
         if len(words) > self.max_words:
             text = " ".join(words[: self.max_words])
         return self.prompt + text
-
-
-def blip_image_train(image_size: int) -> Any:
-    """Training transform of LAVIS's BLIP-2 without its RandAugment (FAFA uses neither): PIL image to `[3, S, S]`."""
-    from torchvision import transforms
-
-    from fafa.transforms import MEAN, STD
-
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                image_size, scale=(0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )

@@ -135,6 +135,12 @@ def inference_transform(d: int) -> Transform:
     return _pipeline(_resize((d, d)))
 
 
+def blip_image_train(d: int) -> Transform:
+    """LAVIS's training transform without its RandAugment; FAFA uses neither, `load_model_and_preprocess` returns it."""
+    crop = v2.RandomResizedCrop([d, d], scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return _pipeline(crop, v2.RandomHorizontalFlip(0.5))
+
+
 @dataclass(frozen=True)
 class TransformPair:
     """What `--transform` stands for: one transform for training pictures, one for all others."""

@@ -1,9 +1,11 @@
 """Interruption and resume: whatever ends a run, and whenever, going on ends in the same bits."""
 
+import json
 import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -16,6 +18,8 @@ import pytest
 import torch
 
 from fafa.cli import train_main
+from fafa.optim import build_scheduler
+from tbps_world.tiny.fafa import write_toy_data
 
 EPOCHS = ("--num-epochs", "3", "--learning-rate", "1e-3", "--log-every", "1")
 
@@ -111,7 +115,7 @@ def test_killed_run_goes_on_exactly(
     """SIGKILL at random moments, until a run gets through; the state is written after every step meanwhile."""
     flags = train_flags(tmp_path, *EPOCHS, "--save-state-every", "1")
     context = multiprocessing.get_context("forkserver")  # a child starts at once: the server has imported everything
-    context.set_forkserver_preload(["fafa.training.start"])
+    context.set_forkserver_preload(["fafa.train"])
     moments = random.Random(0)
     kills = 0
     while True:
@@ -162,7 +166,6 @@ def test_resume_does_not_need_the_backbone_file(
     ("change", "named"),
     [
         (("--batch-size", "8"), "--batch-size"),
-        (("--num-epochs", "4"), "--num-epochs"),
         (("--seed", "1"), "--seed"),
     ],
 )
@@ -179,6 +182,56 @@ def test_other_circumstances_are_refused(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert named in line
     assert "--resume-path" in line
+
+
+def test_the_remaining_steps_use_the_flags_given_now(
+    tmp_path: Path, train_flags: Callable[..., list[str]], uninterrupted: Path
+) -> None:
+    """More epochs at another rate: the schedule is the one that a new run with these flags would have from here on."""
+    run = tmp_path / uninterrupted.name
+    shutil.copytree(uninterrupted, run)
+    before = (run / "train_log.txt").read_text(encoding="utf-8")
+    more = ("--num-epochs", "5", "--learning-rate", "5e-4", "--log-every", "1", "--fda-k", "5", "--resume", str(run))
+    assert train_main(train_flags(tmp_path, *more)) == 0
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = build_scheduler(optimizer, 5e-4, steps_per_epoch=4, epochs=5)
+    rates = []
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+        rates.append(f"{scheduler.get_last_lr()[0]:.3g}")
+    log = (run / "train_log.txt").read_text(encoding="utf-8").removeprefix(before)
+    assert re.findall(r"step (\d+), lr ([^,]+),", log) == [(str(step), rates[step]) for step in range(12, 20)]
+    assert "--num-epochs 3 before, 5 now" in log and "--learning-rate 0.001 before, 0.0005 now" in log
+    recorded = json.loads((run / "training_hyperparameters.json").read_text(encoding="utf-8"))
+    assert (recorded["num_epochs"], recorded["learning_rate"], recorded["fda_k"]) == (5, 5e-4, 5)
+
+
+@pytest.mark.parametrize(("what", "flag"), [("SynCPR", "--syncpr-data-path"), ("ITCPR", "--itcpr-root")])
+def test_a_run_does_not_go_on_with_other_data(
+    what: str,
+    flag: str,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    uninterrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As many triplets, but others: the run stays as it is. A folder that was only moved is no other data."""
+    write_toy_data(tmp_path / "data")
+    same = ["--syncpr-data-path", str(tmp_path / "data" / "syncpr"), "--itcpr-root", str(tmp_path / "data" / "itcpr")]
+    run = tmp_path / "out" / uninterrupted.name
+    shutil.copytree(uninterrupted, run)
+    assert train_main([*train_flags(tmp_path / "out", *EPOCHS, *same), "--resume", str(run)]) == 0
+    name = {"SynCPR": "syncpr/SynCPR.json", "ITCPR": "itcpr/query.json"}[what]
+    annotation = tmp_path / "data" / name
+    annotation.write_text(annotation.read_text(encoding="utf-8").replace("red", "green"), encoding="utf-8")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train_main([*train_flags(tmp_path / "out", *EPOCHS, *same), "--resume", str(run)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert flag in line and "--resume-path" in line
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another file"])

@@ -85,7 +85,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     assert fafa_toy_main(flags) == 0
     shown = capfd.readouterr().out
     commands = [line.split()[1:3] for line in shown.splitlines() if line.startswith("$ ")]
-    assert [words[0] for words in commands] == ["tbps-synth", "python", "python", "python"]
+    assert [words[0] for words in commands] == ["tbps-synth", "fafa-make-tiny", "python", "python"]
     assert commands[2][1] == "src/blip_fine_tune_new.py"
     assert commands[3][1] == "inference_fafa.py"
     evaluation = json.loads((tmp_path / "toy" / "metrics.json").read_text(encoding="utf-8"))

@@ -13,11 +13,11 @@ import torch
 from fafa.checkpoint import official_state_dict
 from fafa.cli import train_main
 from fafa.data import SynCPRDataset, collate_fn
+from fafa.evaluation import Validator
 from fafa.model import Blip2FAFACPR, read_model_config
 from fafa.optim import build_optimizer, build_scheduler
 from fafa.options import get_args
 from fafa.processors import BlipCaptionProcessor
-from fafa.training.validation import Validator
 from fafa.transforms import squarepad_transform_train
 from tbps_common.run.batches import EpochBatches, SeededItems
 from tbps_common.run.randomness import seed_everything
@@ -128,7 +128,7 @@ def test_code_backup_holds_the_sources_and_nothing_else(
     assert train_main(flags) == 0
     backup = only_run(tmp_path) / "code_backup"
     assert {path.name for path in backup.iterdir()} == {"fafa", "tbps_common"}
-    assert (backup / "fafa" / "training" / "run.py").is_file()
+    assert (backup / "fafa" / "train.py").is_file()
     assert not list(backup.rglob("__pycache__"))
 
 
@@ -192,9 +192,9 @@ def test_a_step_at_an_epochs_end_is_validated_once(
     only_run: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = []
-    measure = Validator.__call__
-    monkeypatch.setattr(Validator, "__call__", lambda self: calls.append(1) or measure(self))
+    calls: list[int] = []
+    measure = Validator.measure
+    monkeypatch.setattr(Validator, "measure", lambda self: calls.append(1) or measure(self))
     assert train_main(train_flags(tmp_path, "--validation-step", "7")) == 0  # the last of eight steps
     assert len(calls) == 2
     run = only_run(tmp_path)
@@ -214,9 +214,9 @@ def test_fifty_steps_have_a_schedule(
     tmp_path: Path, train_flags: Callable[..., list[str]], only_run: Callable[[Path], Path]
 ) -> None:
     """torch's OneCycleLR divides by zero for exactly 50 steps with this warm-up."""
-    flags = train_flags(tmp_path, "--batch-size", "16", "--num-epochs", "50", "--validation-frequency", "100")
+    flags = train_flags(tmp_path, "--batch-size", "16", "--num-epochs", "50", "--max-steps", "2")
     assert train_main(flags) == 0
-    assert len(rows(only_run(tmp_path) / "train_metrics.csv")) == 50
+    assert len(rows(only_run(tmp_path) / "train_metrics.csv")) == 2
 
 
 def test_max_steps_end_the_run_and_a_higher_limit_goes_on(
@@ -280,3 +280,22 @@ def test_weights_to_start_from_are_loaded(
     before = torch.load(start, weights_only=True)["model"]
     after = torch.load(run / "saved_models" / start.name, weights_only=True)["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_trained_model_is_tuned_on_ones_own_data(
+    tmp_path: Path, trained_run: Path, train_flags: Callable[..., list[str]], only_run: Callable[[Path], Path]
+) -> None:
+    """The README's way: the model file and the weights of a run, other data, a run of its own."""
+    write_toy_data(tmp_path / "own", one_instance=True)
+    before = {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}
+    weights = trained_run / "saved_models" / "tuned_last_recall_at1.pt"
+    flags = train_flags(
+        tmp_path / "out",
+        *("--syncpr-data-path", str(tmp_path / "own" / "syncpr"), "--itcpr-root", str(tmp_path / "own" / "itcpr")),
+        *("--backbone", str(trained_run / "model_config.yaml"), "--resume-path", str(weights), "--num-epochs", "1"),
+    )
+    assert train_main(flags) == 0
+    run = only_run(tmp_path / "out")
+    assert "0 keys missing, 0 unexpected" in (run / "train_log.txt").read_text(encoding="utf-8")
+    assert (run / "saved_models" / "tuned_recall_at1_epoch.pt").is_file()  # 100 % on data with one identity
+    assert before == {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}

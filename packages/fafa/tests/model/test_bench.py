@@ -14,7 +14,7 @@ from bench_fafa_direct import (
     direct_metrics,
     direct_token_similarity,
 )
-from bench_fafa_measure import compared
+from bench_fafa_forms import compared
 from fafa.evaluation import rank, topk_mean_similarity
 from fafa.losses import FeatureDispersionLoss, token_similarity
 
@@ -57,7 +57,7 @@ def test_the_command_prints_every_comparison(tmp_path: Path, capsys: pytest.Capt
         torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["rows"]
     printed = capsys.readouterr().out
-    assert len(rows) == 6 and all(row["what"] in printed for row in rows)
+    assert len(rows) == 5 and all(row["what"] in printed for row in rows)
     assert all(row["direct"] > 0 and row["ours"] > 0 and 0 <= row["difference"] <= 1e-2 for row in rows)
 
 

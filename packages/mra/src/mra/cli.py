@@ -1,13 +1,15 @@
 """Console commands of mra. Heavy libraries are imported when a command starts to work, not to print its help."""
 
+from importlib import import_module
+
+from mra.dad.options import build_parser as build_dad_parser
+from mra.options import build_index_parser, build_retrieval_parser, build_run_parser, build_search_parser
 from tbps_common.run.command import command
 
 
 @command
 def run_main(argv: list[str]) -> int:
     """`run.py`, `mra-run`: pre-train, fine-tune or evaluate, in as many processes as there are GPUs."""
-    from mra.options import build_run_parser
-
     args = build_run_parser().parse_args(argv)
     from mra.launch import launch
 
@@ -17,40 +19,45 @@ def run_main(argv: list[str]) -> int:
 @command
 def retrieval_main(argv: list[str]) -> int:
     """`Retrieval.py`, `mra-retrieval`: one process of a run."""
-    from mra.options import build_retrieval_parser
-
     args = build_retrieval_parser().parse_args(argv)
     from mra.config import load_config
-    from mra.control import Control
+    from mra.launch import LaunchFolder
     from mra.preflight import check_run
 
     config = load_config(args.config)
-    # run.py has looked at the data already, and its processes need not list a million images once more each.
-    check_run(config, args.config, args, data=Control.of_this_process() is None)
-    from mra.training.start import start
+    # run.py has checked the data already: its processes need not look for a million images again.
+    check_run(config, args.config, args, data=LaunchFolder.of_this_process() is None)
+    from mra.launched import run_launched
 
-    return start(config, args)
+    return run_launched(config, args)
 
 
 @command
 def index_main(argv: list[str]) -> int:
     """`mra-index`: compute the features of a folder of images once."""
+    args = build_index_parser().parse_args(argv)
+    from mra.preflight import require_file
+
+    require_file(args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights of a trained model")
     from mra.search import index
 
-    return index(argv)
+    return index(args)
 
 
 @command
 def search_main(argv: list[str]) -> int:
     """`mra-search`: find the images of an index that fit a sentence."""
+    args = build_search_parser().parse_args(argv)
+    from mra.preflight import require_file
+
+    require_file(args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights of a trained model")
     from mra.search import search
 
-    return search(argv)
+    return search(args)
 
 
 @command
 def dad_main(argv: list[str]) -> int:
     """`mra-dad`: make a synthetic pre-training set in the style of a target data set."""
-    from mra.dad.commands import main
-
-    return main(argv)
+    args = build_dad_parser().parse_args(argv)
+    return import_module(f"mra.dad.{args.command}").main(args)

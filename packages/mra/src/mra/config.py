@@ -1,20 +1,115 @@
-"""Task configurations: reading the YAML files, checking them, and the flags that override them."""
+"""Task configurations: the YAML files, what their values may be, and the flags that override them."""
 
 import argparse
 import copy
 import io
-import math
 import os
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from mra.model.settings import REGION_FEATURES, ModelSettings
-from mra.shipped import find_shipped
+from pydantic import Field, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from mra.model.settings import ModelSettings, Settings, Whole, find_shipped
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
 
 TASKS = ("sda", "cuhk", "icfg", "rstp")
 CONFIG_NAME = "config.yaml"
+
+Text = Annotated[str, Field(min_length=1)]
+Files = Annotated[list[Text], Field(min_length=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class EvaluationSettings(ModelSettings):
+    """What an evaluation needs."""
+
+    image_root: Text
+    image_root_test: Text | None = None
+    val_file: Text | None = None
+    test_file: Text
+    text_encoder: Text = Field()
+    patch_size: Whole
+    h: Whole
+    w: Whole
+    window_size: int = Field(7, ge=2)
+    max_words: Whole
+    icfg_rstp: bool = False
+    test_hflip: bool = False
+    batch_size_test: Whole
+    batch_size_test_text: Whole
+    k_test: Whole
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        size = self.vision.height, self.vision.width
+        if (self.h, self.w) != size:
+            raise ValueError(
+                f"h and w are {self.h} and {self.w}, but vision_config says {size[0]} and {size[1]}: give both the same size"
+            )
+        tokens = (self.h // self.patch_size) * (self.w // self.patch_size)
+        if self.h % self.patch_size or self.w % self.patch_size or tokens != self.vision.num_tokens:
+            raise ValueError(
+                f"patch_size {self.patch_size} does not cut {self.h} x {self.w} pixels into the {self.vision.num_tokens} "
+                "tokens of the image encoder: it must be 32"
+            )
+        return self
+
+
+class OptimizerSettings(Settings):
+    """Rates of the parameter groups (`mra.param_groups`)."""
+
+    lr: NotNegative
+    weight_decay: NotNegative
+    lr_mult: NotNegative = 1.0
+    lr_x: NotNegative = 1.0
+
+
+class ScheduleSettings(Settings):
+    """The learning rate over a run (`mra.lr_multiplier`)."""
+
+    sched: Literal["linear", "step"]
+    epochs: Whole
+    num_warmup_steps: Annotated[int, Field(ge=0)] | NotNegative
+
+
+class TrainFile(Settings):
+    """A training file with images or people of its own (`tbps_common.datasets.load_processed_train`)."""
+
+    file: Text
+    image_root: Text | None = None
+    own_ids: bool = False
+
+
+class TrainingSettings(EvaluationSettings):
+    """What a training needs."""
+
+    train_file: Annotated[list[Text | TrainFile], Field(min_length=1)] | None = None
+    train_file_regions: Files | None = None
+    erasing_p: NotNegative
+    synonyms: Text | None = None
+    load_pretrained: bool = False
+    mask_prob: NotNegative
+    max_masks: Whole
+    skipgram_prb: NotNegative
+    skipgram_size: Whole
+    mask_whole_word: bool = True
+    batch_size_train: int = Field(ge=2)
+    optimizer: Annotated[OptimizerSettings, Field(strict=False)]
+    schedular: Annotated[ScheduleSettings, Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if self.train_file_regions is None and self.train_file is None:
+            raise ValueError("the key train_file, a list of files, is missing")
+        if self.region > 0 and self.train_file_regions is None:
+            raise ValueError(
+                f"region (or --region) {self.region} needs annotated regions, and there is no key train_file_regions: use "
+                "--region with the task sda only"
+            )
+        return self
 
 
 class UnknownTask(InputError, NotImplementedError):
@@ -42,14 +137,11 @@ def config_path(task: str) -> str:
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML 1.2 file (`1e-4` is a number); a `configs/...` file that is not there is taken from the package.
+    """Read a YAML 1.2 file (`1e-4` is a number); a `configs/...` file that does not exist is taken from the package.
 
     Raises:
-        InputError: the file is missing, is not YAML, or holds no mapping.
+        InputError: the file is missing, is not YAML, or does not hold a mapping.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
     file = find_shipped(path)
     if not file.is_file():
         raise InputError(f"there is no configuration file {os.fspath(path)}: check --config, or the working directory")
@@ -70,13 +162,11 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_config(path: str | os.PathLike[str], config: dict[str, Any]) -> None:
     """Write a configuration that `load_config` reads, whole or not at all."""
-    from ruamel.yaml import YAML
-
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     stream = io.StringIO()
     yaml.dump(config, stream)
-    write_text(path, stream.getvalue())
+    write_text(Path(path), stream.getvalue())
 
 
 def with_overrides(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +187,7 @@ def with_overrides(config: dict[str, Any], args: argparse.Namespace) -> dict[str
     return changed
 
 
-def check_config(config: dict[str, Any], path: str | os.PathLike[str], *, training: bool) -> None:
+def check_config(config: dict[str, Any], path: str | os.PathLike[str], *, training: bool) -> EvaluationSettings:
     """Refuse a configuration that cannot work.
 
     Args:
@@ -108,147 +198,9 @@ def check_config(config: dict[str, Any], path: str | os.PathLike[str], *, traini
     Raises:
         InputError: one sentence naming the file, the key, its value and what is allowed.
     """
-    rules = {**_RULES, **(_TRAINING_RULES if training else {})}
-    if training:
-        rules["train_file_regions" if "train_file_regions" in config else "train_file"] = _FILES
-    for name, (allowed, fits, optional) in rules.items():
-        *groups, key = name.split(".")
-        values = config
-        for group in groups:
-            values = values.get(group, {})
-        if key not in values:
-            if optional:
-                continue
-            raise InputError(f"{os.fspath(path)} lacks the key {name}: it must be {allowed}")
-        if not fits(values[key]):
-            raise InputError(f"{os.fspath(path)}: {name} must be {allowed}, not {values[key]!r}")
-    settings = ModelSettings.from_config(config)
-    sizes = settings.vision.height, settings.vision.width
-    if (config["h"], config["w"]) != sizes:
-        raise InputError(
-            f"{os.fspath(path)}: h and w are {config['h']} and {config['w']}, but vision_config says {sizes[0]} and "
-            f"{sizes[1]}: give both the same size"
-        )
-    for side in ("h", "w"):
-        if config[side] % config["patch_size"]:
-            raise InputError(
-                f"{os.fspath(path)}: {side} ({config[side]}) must be a multiple of patch_size ({config['patch_size']})"
-            )
-    tokens = (config["h"] // config["patch_size"]) * (config["w"] // config["patch_size"])
-    if tokens != settings.vision.num_tokens:
-        raise InputError(
-            f"{os.fspath(path)}: patch_size {config['patch_size']} makes {tokens} tokens, but the image encoder has "
-            f"{settings.vision.num_tokens}: it must be 32"
-        )
-    if training and config.get("region", 0) > 0 and "train_file_regions" not in config:
-        raise InputError(
-            f"{os.fspath(path)}: region (or --region) {config['region']} needs annotated regions, and there is no key "
-            "train_file_regions: use --region with the task sda only"
-        )
+    return (TrainingSettings if training else EvaluationSettings).from_config(config, os.fspath(path))
 
 
 def evaluation_files(config: dict[str, Any]) -> dict[str, str]:
     """The annotation file of each split that the task has: `val` (not icfg) and `test`."""
     return {split: config[f"{split}_file"] for split in ("val", "test") if config.get(f"{split}_file")}
-
-
-Rule = tuple[str, Callable[[Any], bool], bool]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(minimum: int, *, optional: bool = False) -> Rule:
-    return (
-        f"a whole number of at least {minimum}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= minimum,
-        optional,
-    )
-
-
-def _number(low: float, high: float = math.inf, *, above: bool = False, optional: bool = False) -> Rule:
-    text = f"a number {'above' if above else 'of at least'} {low:g}" + (
-        f" and below {high:g}" if high < math.inf else ""
-    )
-    return (
-        text,
-        lambda value: _is_number(value) and (value > low or (value == low and not above)) and value < high,
-        optional,
-    )
-
-
-def _one_of(*names: str, optional: bool = False) -> Rule:
-    return f"one of {', '.join(names)}", lambda value: value in names, optional
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-_TEXT: Rule = ("a path", _is_text, False)
-_OPTIONAL_TEXT: Rule = ("a path", _is_text, True)
-_SWITCH: Rule = ("True or False", lambda value: isinstance(value, bool), True)
-_FILES: Rule = (
-    "a list of files",
-    lambda value: isinstance(value, list) and bool(value) and all(_is_text(file) for file in value),
-    False,
-)
-_MAPPING: Rule = ("a mapping", lambda value: isinstance(value, dict), False)
-_SIZES: Rule = ("a path or a mapping", lambda value: _is_text(value) or isinstance(value, dict), False)
-
-_RULES: dict[str, Rule] = {
-    "image_root": _TEXT,
-    "image_root_test": _OPTIONAL_TEXT,
-    "val_file": _OPTIONAL_TEXT,
-    "test_file": _TEXT,
-    "vision_config": _SIZES,
-    "text_config": _SIZES,
-    "text_encoder": _TEXT,
-    "patch_size": _whole(1),
-    "h": _whole(1),
-    "w": _whole(1),
-    "window_size": _whole(2, optional=True),
-    "embed_dim": _whole(1),
-    "itc_dop": _number(0, 1, optional=True),
-    "temp": _number(0, above=True),
-    "max_tokens": _whole(4),
-    "max_words": _whole(1),
-    "icfg_rstp": _SWITCH,
-    "test_hflip": _SWITCH,
-    "batch_size_test": _whole(1),
-    "batch_size_test_text": _whole(1),
-    "k_test": _whole(1),
-    "region": _number(0, optional=True),
-    "region_feat": _one_of(*REGION_FEATURES, optional=True),
-}
-_TRAINING_RULES: dict[str, Rule] = {
-    "erasing_p": _number(0),
-    "eda": _SWITCH,
-    "synonyms": _OPTIONAL_TEXT,
-    "load_pretrained": _SWITCH,
-    "load_params": _SWITCH,
-    "lr_2": _SWITCH,
-    "init_cross": _SWITCH,
-    "LabelSmooth": _number(0, 1, optional=True),
-    "mask_prob": _number(0),
-    "max_masks": _whole(1),
-    "skipgram_prb": _number(0),
-    "skipgram_size": _whole(1),
-    "mask_whole_word": _SWITCH,
-    "batch_size_train": _whole(2),
-    "optimizer": _MAPPING,
-    "optimizer.lr": _number(0),
-    "optimizer.weight_decay": _number(0),
-    "optimizer.lr_mult": _number(0, optional=True),
-    "optimizer.lr_x": _number(0, optional=True),
-    "schedular": _MAPPING,
-    "schedular.sched": _one_of("linear", "step"),
-    "schedular.epochs": _whole(1),
-    "schedular.num_warmup_steps": _number(0),
-}
-
-
-def checkpoint_needed(config: dict[str, Any], *, evaluate: bool) -> bool:
-    """Whether a run starts from `--checkpoint`: an evaluation always does, a training where the task says so."""
-    return evaluate or bool(config.get("load_pretrained"))

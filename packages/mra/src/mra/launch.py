@@ -1,8 +1,9 @@
-"""`run.py`: how many processes, on which GPUs, and what becomes of their signals and their exit status.
+"""`run.py`: how many processes, on which GPUs, and what becomes of signals and their exit status.
 
-The processes learn of this program through a folder named by an environment variable. Each one leaves its process id
-there, so that a signal goes to exactly those that can save their state; the first one leaves the exit status, which
-torchrun would replace by 1; and a pipe in it tells them if this program is killed.
+The processes find a folder of this program through an environment variable. Each one leaves its process id there, so that
+a signal goes to exactly those that can save their state; the first one leaves the exit status, which torchrun would replace
+by 1; and a pipe in it tells them if this program is killed. (torch's `elastic_launch` gives its processes 30 seconds after a
+signal and then kills them, which is too short to save a large model.)
 """
 
 import argparse
@@ -13,15 +14,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mra.config import config_path, load_config, with_overrides
-from mra.control import CONTROL_VARIABLE, Control
 from mra.options import DISTS, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE, retrieval_arguments
 from mra.preflight import check_run
 from tbps_common.errors import InputError
+
+LAUNCH_FOLDER = "MRA_LAUNCH_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,71 @@ class Plan:
     def launcher(self) -> bool:
         """Whether torch.distributed.run is needed."""
         return self.processes > 1 or self.nodes > 1
+
+
+class LaunchFolder:
+    """The folder through which `run.py` and its processes know of each other."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._folder = Path(folder)
+
+    @classmethod
+    def of_this_process(cls) -> "LaunchFolder | None":
+        """That of the launch which this process belongs to; None if `run.py` has not started it."""
+        folder = os.environ.get(LAUNCH_FOLDER)
+        return cls(folder) if folder and Path(folder).is_dir() else None
+
+    # What run.py calls.
+
+    def processes(self) -> list[int]:
+        """Process ids of the processes that have come up."""
+        return [int(path.read_text(encoding="utf-8")) for path in self._folder.glob("*.pid")]
+
+    def status(self) -> int | None:
+        """Exit status of the first process, or None if it left none (it was killed)."""
+        try:
+            return int((self._folder / "status").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Hold the pipe open that the processes read: when it ends, `run.py` is gone."""
+        if not hasattr(os, "mkfifo"):
+            yield
+            return
+        os.mkfifo(self._pipe)
+        descriptor = os.open(self._pipe, os.O_RDWR)  # reading too, because opening for writing alone would wait
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    # What a process of the run calls.
+
+    def announce(self, local_rank: int) -> None:
+        """Say that signals can be handled from now on; if `run.py` is killed, stop as after a SIGTERM."""
+        if self._pipe.exists():
+            threading.Thread(target=self._watch, name="watch run.py", daemon=True).start()
+        partial = self._folder / f"{local_rank}.partial"
+        partial.write_text(str(os.getpid()), encoding="utf-8")
+        partial.rename(self._folder / f"{local_rank}.pid")
+
+    def report(self, status: int) -> None:
+        """Leave the exit status of the first process."""
+        partial = self._folder / "status.partial"
+        partial.write_text(str(status), encoding="utf-8")
+        partial.rename(self._folder / "status")
+
+    @property
+    def _pipe(self) -> Path:
+        return self._folder / "alive"
+
+    def _watch(self) -> None:
+        descriptor = os.open(self._pipe, os.O_RDONLY)
+        while os.read(descriptor, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def asked_world(dist: str) -> int:
@@ -117,7 +187,7 @@ def launch(args: argparse.Namespace) -> int:
     plan = plan_processes(args.dist, gpu_count=gpus, visible=os.environ.get("CUDA_VISIBLE_DEVICES"), nproc=args.nproc)
     if plan.launcher and ":" in args.device:
         raise InputError(f"--device {args.device} is one GPU, but {plan.processes} processes run: use --dist gpuN")
-    port = _port(args, plan)
+    port = choose_port(args, plan)
     print(
         f"NNODES {plan.nodes}, NPROC_PER_NODE {plan.processes}, MASTER_ADDR {args.master_addr}, MASTER_PORT {port}, "
         f"NODE_RANK {plan.node}",
@@ -132,10 +202,10 @@ def launch(args: argparse.Namespace) -> int:
     command += retrieval_arguments(args, config_file)
     print(f"$ {shlex.join(command)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mra-run-") as folder:
-        return supervise(command, _environment(plan, folder), plan, Control(folder))
+        return supervise(command, _environment(plan, folder), plan, LaunchFolder(folder))
 
 
-def supervise(command: list[str], environment: dict[str, str], plan: Plan, control: Control) -> int:
+def supervise(command: list[str], environment: dict[str, str], plan: Plan, launched: LaunchFolder) -> int:
     """Run a command, pass SIGINT and SIGTERM on to its processes, and return their exit status."""
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -144,7 +214,7 @@ def supervise(command: list[str], environment: dict[str, str], plan: Plan, contr
         received.append(number)
         if child is None:
             return
-        processes = control.processes() if plan.launcher else [child.pid]
+        processes = launched.processes() if plan.launcher else [child.pid]
         if len(processes) < plan.processes:  # not all have come up, so there is nothing to save
             processes = [child.pid]
         for process in processes:
@@ -155,9 +225,9 @@ def supervise(command: list[str], environment: dict[str, str], plan: Plan, contr
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with control.alive():
+        with launched.alive():
             # In a session of its own: Ctrl-C in the terminal would reach the processes twice, and the second signal
-            # means to end at once.
+            # means to quit immediately.
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             if received:
                 forward(received[-1], None)
@@ -165,7 +235,7 @@ def supervise(command: list[str], environment: dict[str, str], plan: Plan, contr
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    reported = control.status()
+    reported = launched.status()
     if reported is not None:
         return reported
     if received and status:
@@ -179,7 +249,7 @@ def _count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _port(args: argparse.Namespace, plan: Plan) -> int:
+def choose_port(args: argparse.Namespace, plan: Plan) -> int:
     """The port asked for; without such a wish 3006, or a free one where a single node finds that busy."""
     wish = args.master_port or int(os.environ.get("MASTER_PORT", "0") or 0)
     if wish or plan.nodes > 1:
@@ -212,7 +282,7 @@ def _program() -> list[str]:
     """`Retrieval.py` beside the `run.py` that was started; the same program as a module for the console script."""
     started = Path(sys.argv[0]).resolve()
     beside = started.with_name("Retrieval.py")
-    return [str(beside)] if started.name == "run.py" and beside.is_file() else ["-m", "mra.process"]
+    return [str(beside)] if started.name == "run.py" and beside.is_file() else ["-m", "mra"]
 
 
 def _environment(plan: Plan, folder: str) -> dict[str, str]:
@@ -220,7 +290,7 @@ def _environment(plan: Plan, folder: str) -> dict[str, str]:
     # This program decides about the processes, wherever it was started itself.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
         environment.pop(name, None)
-    environment[CONTROL_VARIABLE] = folder
+    environment[LAUNCH_FOLDER] = folder
     if plan.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = plan.gpus
     if plan.processes > 1:

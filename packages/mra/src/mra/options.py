@@ -1,7 +1,7 @@
-"""The flags of `run.py` and `Retrieval.py`: the authors' with their names, types and defaults, and the project's additions.
+"""The flags of all commands but `mra-dad`.
 
-Both programs take the same flags of a run; `run.py` chooses the configuration and the number of processes and hands the
-rest to `Retrieval.py`.
+`run.py` and `Retrieval.py` take the same flags of a run: the authors' with their names, types and defaults, and the
+project's additions. `run.py` chooses the configuration and the number of processes, and hands the rest to `Retrieval.py`.
 """
 
 import argparse
@@ -36,6 +36,22 @@ RETRIEVAL_DESCRIPTION = """\
 One process of a run, as run.py starts it; also works alone, or under torchrun and Slurm:
 
   python3 Retrieval.py --config configs/cuhk.yaml --task cuhk --output_dir out/ft_cuhk --checkpoint data/checkpoint/pretrain.pth
+"""
+
+INDEX_DESCRIPTION = """\
+Compute the features of all images of a folder once, for mra-search:
+
+  mra-index --checkpoint data/checkpoint/ft_cuhk.pth --images FOLDER --out gallery.safetensors
+
+An index that exists already is completed with the images it lacks.
+"""
+SEARCH_DESCRIPTION = """\
+Find the images of an index that fit a sentence, best first:
+
+  mra-search --checkpoint data/checkpoint/ft_cuhk.pth --index gallery.safetensors --text "a man with a red backpack"
+
+With --rerank 32 the fusion encoder judges the 32 most similar images (their files are read again for it), which is
+slower and more accurate.
 """
 
 
@@ -178,7 +194,48 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     )
     ours.add_argument("--log_every", type=whole_number(1), default=50, help="iterations between two log lines")
     add_bad_images_flag(ours)
-    ours.add_argument(
+    _add_trust_flag(ours)
+
+
+def build_index_parser() -> argparse.ArgumentParser:
+    """The parser of `mra-index`."""
+    parser = _search_parser("mra-index", INDEX_DESCRIPTION)
+    parser.add_argument("--images", required=True, help="folder of images, searched with its sub-folders")
+    parser.add_argument("--out", default="gallery.safetensors", help="index to write or to complete")
+    parser.add_argument("--batch_size", type=whole_number(1), help="images encoded at once (default: batch_size_test)")
+    parser.add_argument("--num_workers", type=whole_number(0), default=4, help="processes that load images")
+    return parser
+
+
+def build_search_parser() -> argparse.ArgumentParser:
+    """The parser of `mra-search`."""
+    parser = _search_parser("mra-search", SEARCH_DESCRIPTION)
+    parser.add_argument("--index", default="gallery.safetensors", help="index of mra-index")
+    parser.add_argument("--text", required=True, help="description of the person to look for")
+    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show")
+    parser.add_argument(
+        "--rerank", type=whole_number(0), default=0, help="most similar images that the fusion encoder judges; 0: none"
+    )
+    parser.add_argument("--output", default="hits.png", help="picture to write")
+    return parser
+
+
+def _search_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", required=True, help="trained weights, such as data/checkpoint/ft_cuhk.pth")
+    parser.add_argument(
+        "--config", help="configuration of the weights, such as configs/cuhk.yaml (default: the one in the checkpoint)"
+    )
+    parser.add_argument("--text_encoder", help="folder with vocab.txt (default: the configuration's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_trust_flag(parser)
+    return parser
+
+
+def _add_trust_flag(parser: Any) -> None:
+    parser.add_argument(
         "--trust_checkpoint",
         "--trust-checkpoint",
         action="store_true",

@@ -1,17 +1,20 @@
-"""Checks that need no model, made before torch is imported: a wrong path is told within a second, not after minutes."""
+"""Checks that need no model, made before torch is imported: a wrong path is reported within a second, not after minutes."""
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mra.config import check_config, check_task, checkpoint_needed, evaluation_files, with_overrides
-from mra.model.settings import TextSettings, VisionSettings
+from mra.config import EvaluationSettings, TrainingSettings, check_config, check_task, evaluation_files, with_overrides
+from mra.text.augmentation import comes_out_empty
+from mra.text.vocabulary import read_vocabulary
+from mra.text.wordnet import require_wordnet, synonyms_of
 from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist
 
-LAST_NAME = "last.pth"
+STATE_NAME = "last.pth"
 
 
 def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace, *, data: bool = True) -> None:
@@ -31,11 +34,11 @@ def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace
     if not training and args.resume:
         raise InputError("--resume goes on with a training run, and --evaluate trains nothing: leave one of them out")
     config = with_overrides(config, args)
-    check_config(config, config_file, training=training)
+    settings = check_config(config, config_file, training=training)
     _check_split(config, config_file, args)
     _check_output(args)
-    _check_weights(config, config_file, args)
-    _check_vocabulary(config, config_file)
+    _check_weights(settings, config_file, args)
+    _check_vocabulary(config, settings, config_file)
     if training and config.get("eda"):
         _check_synonyms(config)
     if data:
@@ -59,24 +62,24 @@ def _check_output(args: argparse.Namespace) -> None:
         raise InputError(f"--output_dir {folder} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise InputError(f"--output_dir {folder} cannot be written: check the permissions of {existing.resolve()}")
-    if args.resume and not (folder / LAST_NAME).is_file():
+    if args.resume and not (folder / STATE_NAME).is_file():
         raise CheckpointError(
-            f"--resume found no {folder / LAST_NAME}: check --output_dir, or start the run without --resume"
+            f"--resume found no {folder / STATE_NAME}: check --output_dir, or start the run without --resume"
         )
 
 
-def _check_weights(config: dict[str, Any], config_file: str, args: argparse.Namespace) -> None:
+def _check_weights(settings: EvaluationSettings, config_file: str, args: argparse.Namespace) -> None:
     if args.resume:
         return  # everything comes from last.pth
-    if checkpoint_needed(config, evaluate=args.evaluate):
-        _require_file(
+    if args.evaluate or (isinstance(settings, TrainingSettings) and settings.load_pretrained):
+        require_file(
             args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights to start from or to evaluate"
         )
         return
-    if config.get("load_params"):
-        weights = VisionSettings.from_config(config["vision_config"]).start_weights
-        _require_file(weights, f"{weights} (ckpt of vision_config)", "download the Swin weights named in the README")
-    folder = Path(config["text_encoder"])
+    if settings.load_params:
+        weights = settings.vision.start_weights
+        require_file(weights, f"{weights} (ckpt of vision_config)", "download the Swin weights named in the README")
+    folder = Path(settings.text_encoder)
     if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
         raise CheckpointError(
             f"{folder} (text_encoder in {config_file}) holds neither model.safetensors nor pytorch_model.bin: download "
@@ -84,18 +87,18 @@ def _check_weights(config: dict[str, Any], config_file: str, args: argparse.Name
         )
 
 
-def _require_file(path: str, what: str, remedy: str) -> None:
+def require_file(path: str, what: str, remedy: str) -> None:
+    """Refuse weights that are not there.
+
+    Raises:
+        CheckpointError: `path` is not a file.
+    """
     if not path or not Path(path).is_file():
         raise CheckpointError(f"{what} is not a file: {remedy}")
 
 
-def _check_vocabulary(config: dict[str, Any], config_file: str) -> None:
-    from mra.text.vocabulary import read_vocabulary
-
-    words, known = (
-        len(read_vocabulary(config["text_encoder"])),
-        TextSettings.from_config(config["text_config"]).vocab_size,
-    )
+def _check_vocabulary(config: dict[str, Any], settings: EvaluationSettings, config_file: str) -> None:
+    words, known = len(read_vocabulary(config["text_encoder"])), settings.text.vocab_size
     if words > known:
         raise InputError(
             f"{config['text_encoder']}/vocab.txt holds {words} tokens, but vocab_size of text_config in {config_file} is "
@@ -104,8 +107,6 @@ def _check_vocabulary(config: dict[str, Any], config_file: str) -> None:
 
 
 def _check_synonyms(config: dict[str, Any]) -> None:
-    from mra.text.wordnet import require_wordnet, synonyms_of
-
     if synonyms_of(config) is None:
         require_wordnet()
 
@@ -115,6 +116,11 @@ def _image_roots(config: dict[str, Any]) -> list[str]:
     for key, root in zip(("image_root", "image_root_test"), roots):
         if not os.path.isdir(root):
             raise DatasetError(f"there is no folder {root} ({key}): unpack the images there, or run in another folder")
+    for entry in config.get("train_file", []):
+        if isinstance(entry, dict) and not os.path.isdir(entry.get("image_root") or config["image_root"]):
+            raise DatasetError(
+                f"there is no folder {entry['image_root']} (image_root of {entry['file']} in train_file)"
+            )
     return roots
 
 
@@ -129,19 +135,43 @@ def _evaluated_images(config: dict[str, Any], args: argparse.Namespace) -> set[s
                 f"{files[split]} has {len(data.captions)} captions and {len(data.image_paths)} images, and no caption "
                 "whose person has an image, so nothing can be evaluated: complete the file"
             )
+        # An evaluation file has a caption list per image, so its captions are known by their text alone.
+        _refuse_empty(((caption, files[split]) for caption in data.captions), config)
         paths.update(data.image_paths)
     return paths
 
 
 def _training_images(config: dict[str, Any]) -> set[str]:
     if "train_file_regions" in config:
-        files = config["train_file_regions"]
-        paths = [record.image_path for record in load_sda(files, config["image_root"]).records]
+        records = load_sda(config["train_file_regions"], config["image_root"]).records
+        paths = [record.image_path for record in records]
+        _refuse_empty(((record.caption, record.image_path) for record in records), config)
+        phrases = ((phrase, record.image_path) for record in records for phrase in record.phrases)
+        _refuse_empty(phrases, {**config, "icfg_rstp": False})
     else:
-        files = config["train_file"]
-        paths = load_processed_train(files, config["image_root"]).image_paths
+        data = load_processed_train(config["train_file"], config["image_root"])
+        paths = data.image_paths
+        _refuse_empty(zip(data.captions, paths), config)
     check_training_size(len(paths), config["batch_size_train"], 1)
     return set(paths)
+
+
+def _refuse_empty(captions: Iterable[tuple[str, str]], config: dict[str, Any]) -> None:
+    """Refuse captions of which nothing is left, now and not in the middle of an epoch.
+
+    Args:
+        captions: each with its image or file, for the message.
+        config: `icfg_rstp`, the cleaning of the task.
+    """
+    clean = bool(config.get("icfg_rstp"))
+    empty = [(caption, where) for caption, where in captions if comes_out_empty(caption, clean)]
+    if empty:
+        caption, where = empty[0]
+        cleaned = " once it is cleaned (icfg_rstp keeps letters a-z and digits)" if clean and caption.strip() else ""
+        raise DatasetError(
+            f"{len(empty)} caption(s) or phrase(s) hold no text: the first is {caption!r}, of {where}, which is empty"
+            f"{cleaned}: correct or remove these records"
+        )
 
 
 def check_training_size(pairs: int, batch_size: int, processes: int) -> None:

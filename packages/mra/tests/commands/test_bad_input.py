@@ -72,6 +72,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "key missing": (lambda root: change_json(root / TRAIN, lambda r: [{"image": "a"}, *r]), "'caption'"),
     "path outside": (lambda root: change_json(root / TRAIN, first(image="../../secret.png")), "climbs out"),
     "image missing": (lambda root: change_json(root / TRAIN, first(image="cam_a/none.png")), "cam_a/none.png"),
+    "empty caption": (lambda root: change_json(root / TRAIN, first(caption="")), "is empty"),
+    "blank caption": (lambda root: change_json(root / TRAIN, first(caption="   ")), "'   '"),
+    "blank caption to find": (
+        lambda root: change_json(root / TEST, lambda r: [{**r[0], "caption": ["a man", " "]}, *r[1:]]),
+        "cuhk_test.json",
+    ),
     "nothing to train": (lambda root: (root / TRAIN).write_text("[]"), "0 pairs"),
     "too few pairs": (lambda root: change_json(root / TRAIN, lambda r: r[:10]), "10 pairs"),
     "nothing to find": (
@@ -122,6 +128,12 @@ def test_unusable_data_is_told_before_anything_is_started_or_written(
             "boxes",
         ),
         (lambda root: change_json(root / "data/sda/sda_0_5000.json", first(logits=[])), "as long as"),
+        (
+            lambda root: change_json(
+                root / "data/sda/sda_0_5000.json", first(boxes=[[0.5, 0.5, 1, 1]], logits=[1], phrases=["\t"])
+            ),
+            "'\\t'",
+        ),
     ],
 )
 def test_missing_parts_of_pretraining_are_named(
@@ -131,6 +143,18 @@ def test_missing_parts_of_pretraining_are_named(
     assert retrieval_main(flags("sda", "out")) == 2
     assert named in one_error(capsys)
     assert not (own_world / "out").exists()
+
+
+def test_caption_that_cleaning_empties_is_named_before_training(
+    own_world: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Signs alone are a caption for cuhk, and nothing for icfg, whose captions keep letters and digits."""
+    for task, status in (("icfg", 2), ("cuhk", 0)):
+        change_json(own_world / f"data/finetune/{task}_train.json", first(caption="\u4eba !?"))
+        more = ["--epo", "1", "--bs", "24"]
+        assert retrieval_main(flags(task, f"out/{task}", *more)) == status
+        if status:
+            assert "icfg_rstp keeps letters" in one_error(capsys)
 
 
 @pytest.mark.parametrize(

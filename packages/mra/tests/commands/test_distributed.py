@@ -17,13 +17,20 @@ Flags = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture
 def run(world: Path, start_script: Start) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run(*flags, **environment)`: `run.py` in the world, on the CPU, to its end."""
 
     def call(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
         words = [*flags, "--device", "cpu", "--num_workers", "0", "--log_every", "1"]
-        process = start_script("run.py", words, cwd=world, **environment)
+        # Tests that run side by side would find the same port free.
+        process = start_script("run.py", words, cwd=world, **{"MASTER_PORT": free_port(), **environment})
         out, errors = process.communicate(timeout=560)
         return subprocess.CompletedProcess(words, process.returncode, out, errors)
 
@@ -94,7 +101,7 @@ def test_two_processes_resume_where_a_signal_stopped_them(
         "--log_every",
         "1",
     ]
-    process = start_script("run.py", words, cwd=world)
+    process = start_script("run.py", words, cwd=world, MASTER_PORT=free_port())
     assert process.stdout is not None
     for line in process.stdout:
         if "[1/6]" in line:
@@ -110,10 +117,7 @@ def test_two_processes_resume_where_a_signal_stopped_them(
 
 def test_two_nodes_train_together(world: Path, tmp_path: Path, start_script: Start) -> None:
     """Both forms of `--dist` for two nodes, on one machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    nodes = []
+    port, nodes = free_port(), []
     for node in ("m0", "m1"):
         words = ["--task", "cuhk", "--dist", node, "--nproc", "1", "--master_port", port, "--bs", "8", "--epo", "1"]
         words += ["--output_dir", str(tmp_path / node), "--device", "cpu", "--num_workers", "0"]

@@ -1,10 +1,12 @@
 """`--evaluate`: tables, files, and the rule that combines the scores."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from mra.cli import retrieval_main
 from tbps_common.report.evaluation import read_evaluation
@@ -53,6 +55,35 @@ def test_evaluation_needs_neither_start_weights_nor_wordnet_nor_training_data(
         more = ["--evaluate", "--checkpoint", str(world / f"data/checkpoint/{checkpoint}.pth")]
         assert retrieval_main(flags(task, "out", *more)) == 0
         assert list(evaluated(capsys.readouterr().out)) == ["val", "test"]
+
+
+@pytest.mark.parametrize(("task", "split"), [("icfg", "test"), ("rstp", "val")])
+def test_checkpoint_of_another_data_set_is_evaluated_as_it_was_trained(
+    task: str,
+    split: str,
+    trained: Path,
+    in_world: Path,
+    tmp_path: Path,
+    flags: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Zero-shot; the heads of rstp have another form. The files of the training stay as they are."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    checkpoint = tmp_path / "run" / "checkpoint_best.pth"
+    more = ["--evaluate", "--report", "--checkpoint", str(checkpoint)]
+    assert retrieval_main(flags(task, tmp_path / "run", *more)) == 0
+    rows = evaluated(capsys.readouterr().out)
+    folder = tmp_path / "run" / f"zero_shot_{task}"
+    report = read_evaluation(folder / f"evaluation_{split}.json")
+    assert [round(report["metrics"]["t2i"][name], 3) for name in ("R1", "R5", "R10", "mAP", "mINP")] == rows[split]
+    assert report["dataset"] == {"icfg": "ICFG-PEDES", "rstp": "RSTPReid"}[task]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    # Without its configuration nobody knows the form of a network that does not fit.
+    torch.save(torch.load(checkpoint, weights_only=True)["model"], checkpoint)
+    assert retrieval_main(flags(task, tmp_path / "bare", *more[:1], "--checkpoint", str(checkpoint))) == (
+        2 if task == "rstp" else 0
+    )
 
 
 def test_reports_are_written_when_asked_for(

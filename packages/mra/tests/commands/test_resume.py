@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from mra import train as train_module
 from mra.cli import retrieval_main
-from mra.training import run as run_module
 
 Flags = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -30,14 +30,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def arm(number: int) -> None:
         calls = iter(range(1, 10_000))
-        real = run_module.Step.__call__
+        real = train_module.Training._step
 
-        def step(self: Any, batch: Any) -> Any:
+        def step(self: Any, *arguments: Any) -> Any:
             if next(calls) == number:
                 raise Killed
-            return real(self, batch)
+            return real(self, *arguments)
 
-        monkeypatch.setattr(run_module.Step, "__call__", step)
+        monkeypatch.setattr(train_module.Training, "_step", step)
 
     return arm
 
@@ -70,6 +70,30 @@ def test_run_lost_in_mid_epoch_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "cut", whole)
 
 
+def test_state_of_an_earlier_version_is_resumed(
+    trained: Path,
+    in_world: Path,
+    tmp_path: Path,
+    flags: Flags,
+    kill_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    assert_same_run: Callable[[Path, Path], None],
+) -> None:
+    """It stored the sums of the losses and one count in place of the meters."""
+    kill_at(4)
+    with pytest.raises(Killed):
+        retrieval_main(flags("cuhk", tmp_path / "cut", "--save_every", "2"))
+    monkeypatch.undo()
+    monkeypatch.chdir(in_world)
+    state = torch.load(tmp_path / "cut" / "last.pth", weights_only=True)
+    (meters,) = state["meters"]
+    rate = meters["sums"].pop("lr")
+    state["meters"] = [{"losses": meters["sums"], "rate": rate, "count": int(meters["weights"]["loss"])}]
+    torch.save(state, tmp_path / "cut" / "last.pth")
+    assert retrieval_main(flags("cuhk", tmp_path / "cut", "--resume")) == 0
+    assert_same_run(tmp_path / "cut", trained)
+
+
 def test_run_lost_between_training_and_evaluation_goes_on_with_the_evaluation(
     trained: Path,
     in_world: Path,
@@ -83,7 +107,7 @@ def test_run_lost_between_training_and_evaluation_goes_on_with_the_evaluation(
         def lost(*arguments: Any, **named: Any) -> Any:
             raise Killed
 
-        patch.setattr(run_module, "evaluate_split", lost)
+        patch.setattr(train_module, "evaluate_split", lost)
         with pytest.raises(Killed):
             retrieval_main(flags("cuhk", tmp_path / "cut"))
     progress = torch.load(tmp_path / "cut" / "last.pth", weights_only=True)["progress"]
@@ -151,7 +175,7 @@ def test_sigkill_at_random_moments_and_inside_saves_loses_nothing(
     folder = tmp_path / "out"
     words = flags("cuhk", folder, "--save_every", "1")
     context = multiprocessing.get_context("forkserver")  # a child starts at once: the server has imported everything
-    context.set_forkserver_preload(["mra.training.start", "transformers.models.bert.tokenization_bert"])
+    context.set_forkserver_preload(["mra.launched", "transformers.models.bert.tokenization_bert"])
     moments = random.Random(0)
     kills = {"at a random moment": 0, "inside a save": 0}
 
@@ -206,6 +230,30 @@ def test_resume_that_would_see_other_batches_is_refused(
         assert retrieval_main(flags("cuhk", tmp_path / "cut", "--resume", *more)) == 2
         assert "resume it with the same" in capsys.readouterr().err
         assert (tmp_path / "cut" / "last.pth").read_bytes() == before
+
+
+def test_resume_on_another_data_set_is_refused_and_touches_nothing(
+    trained: Path, in_world: Path, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert retrieval_main(flags("icfg", tmp_path / "run", "--resume", "--epo", "3")) == 2
+    error = capsys.readouterr().err
+    assert "belongs to a run on other data" in error and "cuhk_train.json" in error and "--output_dir" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("task", ["icfg", "rstp"])
+def test_trained_model_is_trained_further_on_other_data(
+    task: str, trained: Path, in_world: Path, tmp_path: Path, flags: Flags
+) -> None:
+    """From the weights of a training on cuhk; the heads of rstp have another form, and start anew."""
+    start = ["--checkpoint", str(trained / "checkpoint_best.pth"), "--epo", "1", "--lr", "1e-30"]
+    assert retrieval_main(flags(task, tmp_path / "out", *start)) == 0
+    before = torch.load(trained / "checkpoint_best.pth", weights_only=True)["model"]
+    after = torch.load(tmp_path / "out" / "checkpoint_best.pth", weights_only=True)["model"]
+    assert torch.equal(before["itm_head.0.weight"], after["itm_head.0.weight"])
+    assert ("projections of another form" in (tmp_path / "out" / "run.log").read_text()) == (task == "rstp")
 
 
 def test_nothing_is_saved_for_resuming_when_not_wanted(in_world: Path, tmp_path: Path, flags: Flags) -> None:

@@ -1,135 +1,80 @@
-"""The training step, the schedule and the meters, without a model of any size."""
+"""The step, the schedule and the lines of a training."""
 
-import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from mra import train as train_module
 from mra.cli import retrieval_main
-from mra.training.loop import Epoch, train_epoch
-from mra.training.meters import Meters
-from mra.training.outputs import log_line
-from mra.training.step import Schedule, Step
+from mra.optimizer import Schedule
+from mra.train import log_line
+from tbps_common.run.precision import StepPrecision
 
-SETTINGS = {"sched": "linear", "epochs": 2, "num_warmup_steps": 2}
-
-
-class Network(nn.Module):
-    """Four losses of one weight; `scale` makes them infinite."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        losses = [self.weight * factor * scale for factor in (1.0, 2.0, 3.0, 10.0)]
-        return losses[0], losses[1], losses[2], losses[3]
+Flags = Callable[..., list[str]]
 
 
-def make_step(region: float = 0.0) -> Step:
-    network = Network()
-    optimizer = torch.optim.SGD([{"params": [network.weight], "lr": 0.1}], lr=0.1)
-    return Step(network, optimizer, Schedule(optimizer, SETTINGS, 4), torch.device("cpu"), region)
-
-
-def test_total_is_the_weighted_sum_and_the_rate_is_that_of_the_next_step() -> None:
-    step = make_step(region=0.5)
-    assert step.meter_names == ["loss_itc", "loss_itm", "loss_mlm", "loss_region", "loss"]
-    losses = step({"scale": torch.tensor(1.0)})
-    assert {name: float(value) for name, value in losses.items()} == {
-        **{"loss_itc": 1, "loss_itm": 2, "loss_mlm": 3, "loss_region": 10, "loss": 11}
-    }
-    assert float(step.network.weight.detach()) == 1.0  # the first step of a warm-up has the rate 0
-    assert step.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
-    step({"scale": torch.tensor(1.0)})
-    assert float(step.network.weight.detach()) == pytest.approx(1 - 0.05 * 11)
+def test_schedule_multiplies_the_rate_of_every_group() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": lr} for weight, lr in zip(weights, (0.1, 0.2))])
+    schedule = Schedule(optimizer, {"sched": "linear", "epochs": 2, "num_warmup_steps": 2}, 4)
     rates = []
-    for _ in range(6):
-        rates.append(step.optimizer.param_groups[0]["lr"])
-        step({"scale": torch.tensor(0.0)})
-    assert rates == pytest.approx([0.1 * (8 - done) / 6 for done in range(2, 8)])
-    assert step.optimizer.param_groups[0]["lr"] == 0
-    assert make_step().meter_names == ["loss_itc", "loss_itm", "loss_mlm", "loss"]
+    for done in range(9):
+        schedule.set_rates(done)
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(2 * rates[-1])
+    assert rates == pytest.approx([0, 0.05, *(0.1 * (8 - done) / 6 for done in range(2, 9))])
 
 
-def test_schedule_goes_on_where_a_run_stopped() -> None:
-    whole, resumed = make_step(), make_step()
-    for _ in range(3):
-        whole.schedule.step()
-    resumed.schedule.go_to(3)
-    assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+@pytest.fixture
+def without_a_number(in_world: Path, tmp_path: Path) -> Path:
+    """Start weights with which every loss and gradient is NaN."""
+    stored = torch.load("data/checkpoint/pretrain.pth", weights_only=True)
+    stored["model"]["temp"].fill_(float("nan"))
+    torch.save(stored, tmp_path / "nan.pth")
+    return tmp_path / "nan.pth"
 
 
-def test_step_with_infinite_gradients_is_left_out_under_the_scaler(caplog: pytest.LogCaptureFixture) -> None:
+def test_steps_that_are_not_finite_are_left_out_under_the_scaler_until_there_are_too_many(
+    without_a_number: Path,
+    tmp_path: Path,
+    flags: Flags,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The scaler of the GPU, on the CPU."""
-    step = make_step()
-    step.scaler = torch.amp.GradScaler("cpu")
-    step.schedule.go_to(2)
-    with caplog.at_level(logging.WARNING):
-        step({"scale": torch.tensor(float("inf"))})
-    assert float(step.network.weight.detach()) == 1.0 and step.schedule.done == 2
-    assert "left out" in caplog.text
-    step({"scale": torch.tensor(1.0)})
-    assert float(step.network.weight.detach()) == pytest.approx(1 - 0.1 * 6) and step.schedule.done == 3
-    with pytest.raises(FloatingPointError, match="100 steps in a row"):
-        for _ in range(100):
-            step({"scale": torch.tensor(float("nan"))})
+
+    def scaled(name: str, device: torch.device, **_: Any) -> StepPrecision:
+        return StepPrecision(name, device, scale=True)
+
+    monkeypatch.setattr(train_module, "StepPrecision", scaled)
+    monkeypatch.setattr(train_module, "LEFT_OUT_AT_MOST", 3)
+    out = tmp_path / "out"
+    more = ["--checkpoint", str(without_a_number), "--save_every", "2"]
+    assert retrieval_main(flags("cuhk", out, *more)) == 1
+    captured = capsys.readouterr()
+    assert [
+        captured.out.count(f"left out, because its gradients are not finite ({n} in a row)") for n in (1, 2, 3)
+    ] == [*(1, 1, 1)]
+    assert "the gradients of 3 steps in a row are not finite" in captured.err
+    state = torch.load(out / "last.pth", weights_only=True)
+    assert state["progress"]["batch"] == 2 and state["progress"]["steps"] == 0  # the schedule has not moved
+    assert state["scaler"]["scale"] == 2.0**14  # halved twice
+    before = torch.load(without_a_number, weights_only=True)["model"]
+    assert torch.equal(state["model"]["itm_head.0.weight"], before["itm_head.0.weight"])
 
 
-def test_loss_that_is_not_finite_stops_the_epoch_on_the_cpu() -> None:
-    step = make_step()
-    batches = [{"scale": torch.tensor(value)} for value in (1.0, float("nan"), 1.0)]
-    meters, epoch = Meters(step.meter_names, step.device), Epoch(0, 3)
-    with pytest.raises(FloatingPointError, match=r"epoch 0, iteration 1; nothing yet; a lower --lr"):
-        train_epoch(
-            batches,
-            step,
-            meters,
-            epoch,
-            log_every=10,
-            save_every=0,
-            save=lambda: None,
-            stop_requested=lambda: False,
-            last_good=lambda: "nothing yet",
-        )
-
-
-def test_epoch_saves_between_steps_and_stops_after_one() -> None:
-    step, saved = make_step(), []
-    batches = [{"scale": torch.tensor(1.0)}] * 7
-    meters, epoch = Meters(step.meter_names, step.device), Epoch(0, 7)
-    done = train_epoch(
-        batches,
-        step,
-        meters,
-        epoch,
-        log_every=10,
-        save_every=2,
-        save=lambda: saved.append(epoch.done),
-        stop_requested=lambda: epoch.done == 5,
-        last_good=str,
-    )
-    assert not done and epoch.done == 5 and saved == [2, 4]
-
-
-def test_meters_average_and_go_on_from_their_state() -> None:
-    names = ["loss_itc", "loss"]
-    whole, first = Meters(names, torch.device("cpu")), Meters(names, torch.device("cpu"))
-    for number in range(4):
-        losses = {"loss": torch.tensor(2.0 * number), "loss_itc": torch.tensor(1.0 + number)}
-        whole.update(losses, 0.1 * number)
-        if number < 2:
-            first.update(losses, 0.1 * number)
-    second = Meters(names, torch.device("cpu"))
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    for number in (2, 3):
-        second.update({"loss": torch.tensor(2.0 * number), "loss_itc": torch.tensor(1.0 + number)}, 0.1 * number)
-    assert whole.averages() == second.averages() == {"lr": pytest.approx(0.15), "loss_itc": 2.5, "loss": 3.0}
-    assert whole.latest() == "lr: 0.300000  loss_itc: 4.0000  loss: 6.0000"
+def test_error_of_a_loss_that_becomes_infinite_names_the_last_good_state(
+    in_world: Path, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert retrieval_main(flags("cuhk", out, "--lr", "1e30", "--save_every", "1")) == 1
+    error = capsys.readouterr().err
+    assert "not a finite number in epoch 0, iteration 2; the last good state is" in error
+    assert str(out / "last.pth") in error
+    assert torch.load(out / "last.pth", weights_only=True)["progress"]["batch"] == 2
 
 
 def test_log_line_has_the_released_form() -> None:
@@ -142,7 +87,7 @@ def test_log_line_has_the_released_form() -> None:
 
 
 def test_trusted_checkpoint_may_hold_other_objects(
-    in_world: Path, tmp_path: Path, flags: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+    in_world: Path, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = torch.load("data/checkpoint/ft_cuhk.pth", weights_only=True)
     torch.save({**stored, "folder": Path("here")}, tmp_path / "odd.pth")

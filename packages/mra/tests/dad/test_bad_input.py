@@ -47,11 +47,11 @@ def replaced(arguments: list[str], flag: str, value: str) -> list[str]:
         ("generate", ["--shard", "3/2"], "--shard"),
         ("generate", ["--shard", "half"], "--shard"),
         ("generate", ["--controlnet", "a/b", "--lora", "c/d"], "give one of them"),
-        ("generate", ["--controlnet", "/nowhere/controlnet"], "--controlnet /nowhere/controlnet is no folder"),
+        ("generate", ["--controlnet", "/nowhere/controlnet"], "--controlnet /nowhere/controlnet is not a folder"),
         ("generate", ["--device", "gpu"], "--device"),
         ("generate", ["--precision", "fp8"], "--precision"),
         ("filter", ["--min_keypoints", "-1"], "--min_keypoints"),
-        ("filter", ["--pose_model", "/nowhere/pose"], "--pose_model /nowhere/pose is no folder"),
+        ("filter", ["--pose_model", "/nowhere/pose"], "--pose_model /nowhere/pose is not a folder"),
         ("regions", ["--box_threshold", "1.5"], "--box_threshold"),
         ("regions", ["--pack", "--shard", "1/2"], "--pack"),
         ("filter", ["--shard", "1/2", "--no_such_flag"], "--no_such_flag"),
@@ -236,7 +236,7 @@ def test_help_teaches_and_imports_nothing_heavy(command: str) -> None:
 
 
 def test_no_other_command_imports_the_extra() -> None:
-    from mra.shipped import PACKAGE
+    from mra.model.settings import PACKAGE
 
     own = PACKAGE / "dad"
     for path in PACKAGE.rglob("*.py"):

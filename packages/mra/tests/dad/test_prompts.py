@@ -3,9 +3,9 @@
 import pytest
 
 from mra.config import load_config
-from mra.dad.naming import annotation_name, caption_range, image_name, image_seed, ranges
-from mra.dad.prompts import prompts_of
-from mra.shipped import PACKAGE
+from mra.dad.generate import image_seed, prompts_of
+from mra.dad.records import annotation_name, caption_range, image_name, ranges
+from mra.model.settings import PACKAGE
 from mra.text.wordnet import SynonymTable
 
 SYNONYMS = SynonymTable({"man": ["guy", "gentleman"], "red": ["crimson"], "shirt": ["top"], "walking": ["strolling"]})

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mra.cli import dad_main
 from mra.dad import generate
-from mra.dad.work import image_of
+from mra.dad.records import image_of
 from tbps_common.datasets import load_processed_train, load_sda
 
 Flags = Callable[..., list[str]]
@@ -54,7 +54,7 @@ def test_pictures_have_the_asked_size_and_colours(made: Path) -> None:
 def test_the_result_is_read_by_the_training(made: Path) -> None:
     from mra.config import load_config
     from mra.data import PretrainDataset
-    from mra.shipped import PACKAGE
+    from mra.model.settings import PACKAGE
 
     config = load_config(PACKAGE / "configs/sda.yaml")
     config["train_file_regions"] = [str(made / "sda" / Path(name).name) for name in config["train_file_regions"]]

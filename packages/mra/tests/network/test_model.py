@@ -280,7 +280,7 @@ def test_start_of_a_model(model: Callable[..., Any], config: Callable[..., Any],
         ({"temp": 0}, "temp"),
         ({"region": -1}, "region"),
         ({"region_feat": "mine"}, "region_feat"),
-        ({"vision_config": "configs/no_such.json"}, "no_such.json cannot be read"),
+        ({"vision_config": "configs/no_such.json"}, "no_such.json does not exist"),
         ({"vision_config": 3}, "vision_config must be"),
     ],
 )
@@ -293,7 +293,7 @@ def test_impossible_configurations_name_the_key(config: Callable[..., Any], chan
 
 
 @pytest.mark.parametrize(
-    "content, words", [("{", "not valid JSON"), ("[1]", "must hold a JSON object"), ("", "not valid")]
+    "content, words", [("{", "not valid JSON"), ("[1]", "must hold a JSON object"), ("", "is empty")]
 )
 def test_broken_configuration_files_are_named(
     config: Callable[..., Any], tmp_path: Path, content: str, words: str

@@ -10,14 +10,16 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diana.retrieval.scores import Features
 from tbps_common.errors import GalleryError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diana.retrieval.scores import Features
+from tbps_common.files import atomic_path
 
 FORMAT = "diana-index/1"
 _SHOWN_DIGITS = 12
@@ -40,16 +42,14 @@ class Gallery:
     """
 
     paths: list[str]
-    embeds: "Tensor"
-    attributes: "Tensor | None"
+    embeds: Tensor
+    attributes: Tensor | None
     image_size: tuple[int, int]
     checkpoint: str
 
     @property
-    def features(self) -> "Features":
+    def features(self) -> Features:
         """For `diana.retrieval.score_rows_of`."""
-        from diana.retrieval.scores import Features
-
         return Features(self.embeds, self.attributes)
 
     def without(self, paths: Collection[str]) -> "Gallery":
@@ -80,15 +80,13 @@ def checkpoint_mark(folder: Path) -> str:
 
 
 def join(
-    batches: "Iterable[tuple[list[str], Tensor, Tensor | None]]", earlier: Gallery | None = None
-) -> "tuple[list[str], Tensor, Tensor | None]":
+    batches: Iterable[tuple[list[str], Tensor, Tensor | None]], earlier: Gallery | None = None
+) -> tuple[list[str], Tensor, Tensor | None]:
     """Paths, features and attributes of all batches, after those of an earlier index.
 
     Raises:
         GalleryError: there is no image.
     """
-    import torch
-
     paths: list[str] = []
     embeds, attributes = [], []
     if earlier is not None:
@@ -99,7 +97,7 @@ def join(
         if batch_attributes is not None:
             attributes.append(batch_attributes)
     if not paths:
-        raise GalleryError("none of the images can be read: give other images")
+        raise GalleryError("not one of the images can be read: give other images")
     return paths, torch.cat(embeds), torch.cat(attributes) if attributes else None
 
 
@@ -118,10 +116,6 @@ def check_paths_fit(paths: Collection[str]) -> None:
 
 def write_gallery(path: Path, gallery: Gallery) -> None:
     """Write the file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from tbps_common.files import atomic_path
-
     tensors = {"global": gallery.embeds.contiguous()}
     if gallery.attributes is not None:
         tensors["attrs"] = gallery.attributes.contiguous()
@@ -139,10 +133,10 @@ def read_header(path: Path) -> dict[str, Any]:
     """Metadata of an index, without its features and without torch.
 
     Raises:
-        GalleryError: the file is absent, damaged, or no index of diana.
+        GalleryError: the file is absent, damaged, or not an index of diana.
     """
     if not path.is_file():
-        raise GalleryError(f"index {path} does not exist: make it with diana-index --out {path}")
+        raise GalleryError(f"index {path} does not exist: create it with diana-index --out {path}")
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -157,7 +151,7 @@ def read_header(path: Path) -> dict[str, Any]:
         return {"paths": paths, "image_size": tuple(size), "checkpoint": metadata["checkpoint"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GalleryError(
-            f"{path} is damaged or no index of diana ({error}): make it again with diana-index"
+            f"{path} is damaged or not an index of diana ({error}): make it again with diana-index"
         ) from error
 
 
@@ -181,9 +175,6 @@ def read_gallery(path: Path) -> Gallery:
     Raises:
         GalleryError: as `read_header`, or the features do not fit the list of images.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     header = read_header(path)
     try:
         tensors = load_file(path)

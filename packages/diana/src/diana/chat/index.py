@@ -14,28 +14,18 @@ from diana.chat.gallery import (
     require_checkpoint,
     write_gallery,
 )
+from diana.data.augmentation import build_eval_transform
+from diana.model.config import DiaNAConfig
+from diana.model.diana import DTYPES, load_diana
+from diana.model.folders import resolve_folder
+from diana.retrieval.images import encode_images
 from tbps_common.errors import GalleryError, InputError
-from tbps_common.run.arguments import HelpFormatter, number, whole_number
-
-DESCRIPTION = """\
-Compute the features of all images of a folder once, for diana-chat:
-
-  diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
-
-An index that exists already is brought up to date: images it lacks are added, images that changed since are encoded
-again, and those whose file is gone are dropped. Images that cannot be read are left out, each with a warning.
-"""
-# Of ChatPedes, which the fine-tuned model was trained with.
-MEAN = (0.38901278, 0.3651612, 0.34836376)
-STD = (0.24344306, 0.23738699, 0.23368555)
+from tbps_common.run.device import choose_device
+from tbps_common.search.gallery import find_images
 
 
-def main(argv: list[str]) -> int:
-    """Parse, look at what is there, encode what is missing, write."""
-    flags = _parse(argv)
-    from diana.model.config import DiaNAConfig
-    from diana.model.folders import resolve_folder
-
+def update_index(flags: argparse.Namespace) -> int:
+    """Look at what is there, encode what is missing, write."""
     images = listed_images(flags.images)
     folder = resolve_folder(flags.pretrained)
     config = DiaNAConfig.from_file(folder / "config.json")
@@ -88,8 +78,6 @@ def listed_images(source: str) -> list[str]:
     Raises:
         InputError: nothing is there.
     """
-    from tbps_common.search.gallery import find_images
-
     file = Path(source)
     if not file.is_file():
         return [os.path.abspath(path) for path in find_images(source)]
@@ -104,15 +92,7 @@ def listed_images(source: str) -> list[str]:
 
 
 def _encode(flags: argparse.Namespace, folder: Path, images: list[str], earlier: Gallery | None) -> Gallery:
-    import torch
-
-    from diana.data import build_eval_transform
-    from diana.model import load_diana
-    from diana.retrieval import encode_images
-    from tbps_common.run.device import choose_device
-
-    dtype = {"checkpoint": None, "fp32": torch.float32, "bf16": torch.bfloat16}[flags.dtype]
-    model, _ = load_diana(folder, device=choose_device(flags.device), dtype=dtype)
+    model, _ = load_diana(folder, device=choose_device(flags.device), dtype=DTYPES[flags.dtype])
     size = model.config.image_size
     batches = encode_images(
         model,
@@ -126,21 +106,3 @@ def _encode(flags: argparse.Namespace, folder: Path, images: list[str], earlier:
     )
     paths, embeds, attributes = join(batches, earlier)
     return Gallery(paths, embeds, attributes, size, checkpoint_mark(folder))
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="diana-index", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--pretrained", required=True, metavar="DIR", help="checkpoint folder")
-    add("--images", required=True, help="folder of images, or a text file with one path a line")
-    add("--out", default="gallery.safetensors", metavar="FILE", help="index to write or to complete")
-    add("--mode", choices=("global", "all"), default="global", help="all: with attributes, for better ranking")
-    add("--batch_size", type=whole_number(1), default=128, help="images encoded at once")
-    add("--num_workers", type=whole_number(0), default=0, help="processes that read images")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    add("--dtype", choices=("checkpoint", "fp32", "bf16"), default="checkpoint", help="of the model")
-    add("--mean", type=number(), nargs=3, default=list(MEAN), help="of the training images, red green blue")
-    add("--std", type=number(0, above=True), nargs=3, default=list(STD), help="likewise")
-    return parser.parse_args(argv)

@@ -7,26 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from torch import Tensor
+
 from diana.chat.gallery import Gallery, read_gallery, read_header, require_checkpoint
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, Questioner, Round, make_round
+from diana.data.text import PROMPT_POOL, render_dialogue
+from diana.model.diana import MAX_LOGIT_SCALE, load_diana
+from diana.model.folders import resolve_folder
+from diana.retrieval.dialogues import encode_turns
+from diana.retrieval.scores import Features, score_rows_of
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, number, whole_number
+from tbps_common.files import write_json
+from tbps_common.images import missing_images
+from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
+from tbps_common.run.device import choose_device
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tbps_common.pipeline import ChatClient
-
-DESCRIPTION = """\
-Find a person by answering questions; after every answer the best pictures are listed and drawn.
-
-  diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
-  diana-chat  --pretrained work_dirs/finetune --index gallery.safetensors
-
-Besides answers it understands: undo (take the last answer back), reset (begin anew), quit. An empty answer ends too.
-Questions come from the offline questioner, which asks what is expected to narrow the candidates most, or from a language
-model: --base_url http://127.0.0.1:8000/v1 --model NAME (a key, if needed, from OPENAI_API_KEY).
-"""
 
 
 class Session:
@@ -50,19 +47,11 @@ class Session:
     @property
     def scale(self) -> float:
         """Inverse temperature of the similarities, for probabilities. In mode `all` two similarities are added."""
-        from diana.model.diana import MAX_LOGIT_SCALE
-
         scale = float(self._model.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE).exp())
         return scale / (1 if self._mode == "global" else 2)
 
-    def score(self, dialogues: Sequence[Sequence[Round]]) -> "Tensor":
+    def score(self, dialogues: Sequence[Sequence[Round]]) -> Tensor:
         """Scores `[number of dialogues, N]`. What the dialogues have in common at their beginning is computed once."""
-        import torch
-
-        from diana.data import render_dialogue
-        from diana.retrieval import encode_turns, score_rows_of
-        from diana.retrieval.scores import Features
-
         parts = []
         for start in range(0, len(dialogues), self._batch_size):
             versions = [render_dialogue(dialogue) for dialogue in dialogues[start : start + self._batch_size]]
@@ -74,10 +63,8 @@ class Session:
                 batch_size=1,
                 attributes=self._mode == "all",
             )
-        attributes = [attrs for _, attrs in parts if attrs is not None]
-        queries = Features(torch.cat([embeds for embeds, _ in parts]), torch.cat(attributes) if attributes else None)
         rows = score_rows_of(
-            queries,
+            Features.joined(parts),
             self.gallery.features,
             mode=self._mode,
             sim_type=self._model.config.refiner_config["sim_type"],
@@ -93,23 +80,14 @@ class Session:
 
     def token_count(self) -> int:
         """Length of the dialogue as the model would read it."""
-        from diana.data import render_dialogue
-
         return len(self._tokenizer(render_dialogue(self.rounds), verbose=False)["input_ids"])
 
 
-def main(argv: list[str]) -> int:
-    """Parse, check, load, talk."""
-    flags = _parse(argv)
-    from diana.model.folders import resolve_folder
-
+def hold_conversation(flags: argparse.Namespace) -> int:
+    """Check, load, talk."""
     folder, index = resolve_folder(flags.pretrained), Path(flags.index)
     require_checkpoint(index, read_header(index), folder)
     client = _client(flags)
-    from diana.model import load_diana
-    from tbps_common.images import missing_images
-    from tbps_common.run.device import choose_device
-
     gallery = read_gallery(index)
     model, tokenizer = load_diana(folder, device=choose_device(flags.device))
     session = Session(model, tokenizer, gallery, max_seq_length=flags.max_seq_length, batch_size=flags.text_batch_size)
@@ -131,8 +109,6 @@ def main(argv: list[str]) -> int:
 
 def talk(session: Session, questioner: Questioner, flags: argparse.Namespace, answers: TextIO) -> None:
     """Ask, search and show until the rounds are used up or the user has enough."""
-    from diana.data import PROMPT_POOL
-
     asked: list[str] = []  # question of every round, so that `undo` asks the same again
     while len(session.rounds) < flags.rounds:
         if len(asked) == len(session.rounds):
@@ -171,8 +147,6 @@ def _read_answer(question: str, answers: TextIO) -> str:
 
 
 def _show(session: Session, flags: argparse.Namespace) -> None:
-    from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
-
     tokens = session.token_count()
     if tokens > flags.max_seq_length:
         print(
@@ -192,8 +166,6 @@ def _show(session: Session, flags: argparse.Namespace) -> None:
 
 def _save(session: Session, out_dir: Path) -> None:
     if session.rounds:
-        from tbps_common.files import write_json
-
         write_json(out_dir / "dialogue.json", session.rounds)
         print(f"\nThe dialogue is in {out_dir / 'dialogue.json'}.")
 
@@ -218,35 +190,6 @@ def _client(flags: argparse.Namespace) -> "ChatClient | None":
         timeout=flags.timeout,
         deadline=flags.timeout,
         sampling={"temperature": 0.0, "seed": 0, **SAMPLING},
+        fields=flags.request_fields,
         key_optional=True,
     )
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="diana-chat", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--pretrained", required=True, metavar="DIR", help="checkpoint folder that made the index")
-    add("--index", default="gallery.safetensors", metavar="FILE", help="of diana-index")
-    add("--rounds", type=whole_number(1), default=5, help="most questions")
-    add("--topk", type=whole_number(1), default=10, help="pictures shown per round")
-    add("--out_dir", default="chat", metavar="DIR", help="receives round_N.png and dialogue.json")
-    add("--max_seq_length", type=whole_number(8), default=400, help="tokens the model reads")
-    add("--text_batch_size", type=whole_number(1), default=128, help="hypothetical dialogues encoded at once")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    add(
-        "--questioner",
-        choices=("information", "fixed"),
-        default="information",
-        help="offline questions: what is expected to tell most, or a fixed order",
-    )
-    server = parser.add_argument_group("questions from a language model")
-    add = server.add_argument
-    add(
-        "--base_url", "--llm_base_url", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
-    )
-    add("--model", "--llm_model", metavar="NAME", help="name that the server knows")
-    add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
-    add("--timeout", type=number(0, above=True), default=60.0, help="seconds to wait for a question")
-    return parser.parse_args(argv)

@@ -4,16 +4,18 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diana.data.text import Chat, round_problem, split_chats
-from tbps_common.datasets.json_records import Folder, Record, as_list, iter_records, many_objects
+import yaml
+
+from tbps_common.datasets import ChatPedesImage, read_chatpedes
+from tbps_common.datasets.json_records import as_list
 from tbps_common.errors import DatasetError, InputError
 
 logger = logging.getLogger("diana.data")
 
+TRAIN_DATASETS = ("mals", "chatpedes")
 ROOT_VARIABLE = "DIANA_DATA_ROOT"
 PLACEHOLDER = "<Dataset Root>"
 
@@ -27,10 +29,8 @@ def load_dataset_config(path: str | os.PathLike[str], dataset: str) -> dict[str,
     The environment variable DIANA_DATA_ROOT takes the place of `<Dataset Root>` in every value.
 
     Raises:
-        InputError: the file is missing, is no YAML, does not list the data set, or still has the placeholder.
+        InputError: the file is missing, is not YAML, does not list the data set, or still has the placeholder.
     """
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -98,48 +98,15 @@ def annotation_files(meta: Mapping[str, Any], split: str) -> list[str]:
     return as_list(files)
 
 
-@dataclass(frozen=True, slots=True)
-class DialogueRecord:
-    """One image with its dialogues; `label` numbers the distinct ids in order of first appearance."""
-
-    image_path: str
-    label: int
-    chats: list[Chat]
-    where: str
-
-
-def read_dialogues(files: list[str], image_root: str) -> Iterator[DialogueRecord]:
-    """The records of ChatPedes files in order, with every round checked.
+def read_dialogues(files: list[str], image_root: str) -> Iterator[tuple[ChatPedesImage, int]]:
+    """The images of ChatPedes files in order, each with its label: distinct ids are numbered as they appear.
 
     Raises:
         DatasetError: a file or record cannot be used; it is named.
     """
-    folder = Folder(image_root)
     label_of: dict[int | str, int] = {}
-    with many_objects():
-        for file in files:
-            for record in iter_records(file):
-                path, identity = record.path("file_path", folder), record.identity("id")
-                label = label_of.setdefault(identity, len(label_of))
-                where = f"{record.file}: record {record.number} (counted from 0)"
-                yield DialogueRecord(path, label, _chats(record), where)
-
-
-def _chats(record: Record) -> list[Chat]:
-    try:
-        chats = split_chats(record.sequence("chats", "a list of rounds or of dialogues"))
-    except DatasetError:
-        raise
-    except InputError as error:
-        raise record.error("chats", f"cannot be used: {error}".rstrip(".")) from error
-    for chat in chats:
-        for number, messages in enumerate(chat):
-            problem = round_problem(messages)
-            if problem is not None:
-                raise record.error("chats", f"has a round {number} (counted from 0) that {problem}")
-            for message in messages:
-                record.check_characters("chats", message["value"])
-    return chats
+    for image in read_chatpedes(files, image_root, pairs_only=False):
+        yield image, label_of.setdefault(image.identity, len(label_of))
 
 
 def load_annotations(meta: Mapping[str, Any], split: str) -> dict[str, list[Any]]:
@@ -151,19 +118,19 @@ def load_annotations(meta: Mapping[str, Any], split: str) -> dict[str, list[Any]
 
     Returns:
         `images` (paths) and `image_ids` (labels) of the gallery; `chats` (lists of rounds) and `caption_ids` (labels)
-        of the queries. A record without dialogue stays in the gallery; their number is told in one warning.
+        of the queries. A record without dialogue stays in the gallery; one warning counts them.
 
     Raises:
         DatasetError: a file or record cannot be used.
     """
     view: dict[str, list[Any]] = {"images": [], "image_ids": [], "chats": [], "caption_ids": []}
     without = 0
-    for record in read_dialogues(annotation_files(meta, split), image_folder(meta)):
-        view["images"].append(record.image_path)
-        view["image_ids"].append(record.label)
-        chats = [chat for chat in record.chats if any(chat)]
+    for image, label in read_dialogues(annotation_files(meta, split), image_folder(meta)):
+        view["images"].append(image.image_path)
+        view["image_ids"].append(label)
+        chats = [chat for chat in image.dialogues if any(chat)]
         view["chats"].extend(chats)
-        view["caption_ids"].extend([record.label] * len(chats))
+        view["caption_ids"].extend([label] * len(chats))
         without += not chats
     if without:
         logger.warning("%d records without a dialogue stay in the gallery, but give no query", without)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tbps_common.datasets.chatpedes import turn_problem
 from tbps_common.errors import InputError
 
 Message = dict[str, str]
@@ -17,6 +18,9 @@ SYSTEM_PROMPT = (
 )
 AFTER_SYSTEM = "\n\n"
 """What stands between the system text and the first message."""
+
+CAPTION_BUDGETS = ("caption", "total")
+"""What the limit of a caption's tokens counts: its own, or the system text too."""
 
 ROLES = {"gpt": "ASSISTANT", "user": "USER"}
 PROMPT_POOL = (
@@ -56,7 +60,7 @@ def render_dialogue(rounds: Sequence[Round], turn_limit: int = -1) -> str:
     rounds = rounds[:turn_limit] if turn_limit > 0 else rounds
     lines = []
     for number, messages in enumerate(rounds):
-        problem = round_problem(messages)
+        problem = turn_problem(messages)
         if problem is not None:
             raise InputError(f"Round {number} (counted from 0) of a dialogue {problem}.")
         lines.extend(f"{ROLES[message['from']]}: {message['value']}\n" for message in messages)
@@ -66,23 +70,6 @@ def render_dialogue(rounds: Sequence[Round], turn_limit: int = -1) -> str:
 def render_caption(caption: str, prompt: str) -> str:
     """A cleaned caption as the answer to one question."""
     return render_dialogue([[{"from": "gpt", "value": prompt}, {"from": "user", "value": caption}]])
-
-
-def round_problem(messages: Any) -> str | None:
-    """Why a value is no round, as the end of a sentence; None if it is one."""
-    if not isinstance(messages, list):
-        return f"is {type(messages).__name__}, not a list of messages"
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict):
-            return f"holds {type(message).__name__} where a message {{'from': ..., 'value': ...}} is needed"
-        speaker, expected = message.get("from"), ("gpt", "user")[place % 2]
-        if speaker not in ROLES:
-            return f"has a message from {speaker!r}, which is neither gpt nor user"
-        if speaker != expected:
-            return f"has message {place} (counted from 0) from {speaker}, but rounds start with gpt and alternate"
-        if not isinstance(message.get("value"), str):
-            return f"has a message {place} (counted from 0) whose 'value' is not a string"
-    return None
 
 
 def prefix_length(tokenizer: Any) -> int:

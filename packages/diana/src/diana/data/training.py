@@ -4,26 +4,28 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from diana.data.annotations import annotation_files, image_folder, read_dialogues
-from diana.data.masking import mask_token_ids
-from diana.data.text import PROMPT_POOL, Chat, clean_caption, prefix_length, render_caption, render_dialogue
-from diana.data.transforms import build_train_transform
+from diana.data.annotations import TRAIN_DATASETS, annotation_files, image_folder, read_dialogues
+from diana.data.augmentation import build_train_transform, mask_token_ids
+from diana.data.text import (
+    CAPTION_BUDGETS,
+    PROMPT_POOL,
+    Chat,
+    clean_caption,
+    prefix_length,
+    render_caption,
+    render_dialogue,
+)
 from diana.tokenizer import LENGTH_MULTIPLE, encode, ordinary_tokens
 from tbps_common.datasets import load_mals
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CAPTION_BUDGETS = ("caption", "total")
-DATASETS = ("mals", "chatpedes")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class TrainingDataset(Dataset[dict[str, Tensor]]):
         labels: Sequence[int],
         texts: Sequence[str | Chat],
         transform: Any,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         settings: TextSettings,
     ) -> None:
         self.paths, self.labels, self.texts = paths, labels, texts
@@ -114,7 +116,7 @@ class TrainingDataset(Dataset[dict[str, Tensor]]):
 
 def build_training_dataset(
     meta: Mapping[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     *,
     dataset_name: str,
     split: str = "train",
@@ -146,8 +148,8 @@ def build_training_dataset(
         InputError: an unknown name, or a limit that cannot be used.
         DatasetError: a file or record cannot be used.
     """
-    if dataset_name not in DATASETS:
-        raise InputError(f"--dataset_name must be {' or '.join(DATASETS)}, but it is {dataset_name!r}.")
+    if dataset_name not in TRAIN_DATASETS:
+        raise InputError(f"--dataset_name must be {' or '.join(TRAIN_DATASETS)}, but it is {dataset_name!r}.")
     if caption_budget not in CAPTION_BUDGETS:
         raise InputError(f"--caption_budget must be {' or '.join(CAPTION_BUDGETS)}, but it is {caption_budget!r}.")
     if max_seq_length < 1:
@@ -175,12 +177,12 @@ def build_training_dataset(
 
 def _dialogue_samples(files: list[str], image_root: str, turn_limit: int) -> tuple[list[str], list[int], list[Chat]]:
     paths, labels, chats = [], [], []
-    for record in read_dialogues(files, image_root):
-        if not record.chats or not all(record.chats):
-            raise DatasetError(f"{record.where}: the key 'chats' holds no dialogue to train on; remove the record.")
-        for chat in record.chats:
-            paths.append(record.image_path)
-            labels.append(record.label)
+    for image, label in read_dialogues(files, image_root):
+        if not image.dialogues or not all(image.dialogues):
+            raise DatasetError(f"{image.where}: the key 'chats' holds no dialogue to train on; remove the record.")
+        for chat in image.dialogues:
+            paths.append(image.image_path)
+            labels.append(label)
             chats.append(chat[:turn_limit] if turn_limit > 0 else chat)
     return paths, labels, chats
 

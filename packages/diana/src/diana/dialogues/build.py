@@ -3,18 +3,20 @@
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
+from tbps_common.datasets import iter_records
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
+from tbps_common.pipeline.chat import Conversation, in_conversations
+from tbps_common.pipeline.client import ChatClient, request_fields
+from tbps_common.pipeline.journal import Record, read_json_lines
+from tbps_common.pipeline.stages import run_stage
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
-
-if TYPE_CHECKING:
-    from tbps_common.pipeline import ChatClient, Conversation, Outcome
 
 DESCRIPTION = """\
 Write dialogues about images that have captions. For each image one language model plays two roles: one asks and sees
@@ -25,7 +27,7 @@ only the dialogue, the other answers and sees only the captions. Any OpenAI-comp
 
 Every finished image is put on the disk at once (OUT.journal), so that the command can be killed and started again. Images
 that failed are listed with the reason in OUT.failures.json, the exit status is then 1, and the next call tries them
-again. A key, where the server wants one, is read from the environment variable OPENAI_API_KEY and nowhere else.
+again. A dialogue whose captions have changed since is made anew. A key, where the server wants one, is read from the environment variable OPENAI_API_KEY and nowhere else.
 """
 
 
@@ -37,6 +39,11 @@ class CaptionedImage:
     file_path: str
     captions: list[str]
 
+    @property
+    def fingerprint(self) -> int:
+        """Of the captions that a dialogue is made from."""
+        return zlib.crc32("\n".join(self.captions).encode("utf-8", "surrogatepass"))
+
 
 def main(argv: list[str]) -> int:
     """Parse, read, build what is missing, write."""
@@ -47,9 +54,6 @@ def main(argv: list[str]) -> int:
     out = Path(flags.out)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name the JSON file to write")
-    from tbps_common.pipeline import ChatClient
-    from tbps_common.pipeline.stages import begin_manifest, finish_manifest
-
     client = ChatClient(
         flags.model,
         base_url=flags.base_url,
@@ -59,64 +63,45 @@ def main(argv: list[str]) -> int:
         deadline=flags.deadline,
         max_retries=flags.attempts - 1,
         sampling={"temperature": flags.temperature, "seed": flags.seed, **SAMPLING},
+        fields=flags.request_fields,
         key_optional=True,
     )
+    by_path = {image.file_path: image for image in images}
+
+    async def converse(item: Record, conversation: Conversation) -> Record:
+        image = by_path[item["file_path"]]
+        return {**item, "chats": await dialogue(conversation, image, flags.rounds, flags.seed)}
+
+    def key(entry: Record) -> tuple[Any, Any]:
+        """A dialogue belongs to the captions it was made from; before they were stored, to those that are there."""
+        image = by_path.get(entry.get("file_path", ""))
+        return entry.get("file_path"), entry.get("made_from", image and image.fingerprint)
+
     journal = out.with_name(f"{out.name}.journal")
-    settings = {"rounds": flags.rounds, "model": flags.model, "temperature": flags.temperature, "seed": flags.seed}
-    begin_manifest(journal, settings)
-    outcome = build(client, images, journal, rounds=flags.rounds, seed=flags.seed, attempts=flags.attempts)
+    outcome = run_stage(
+        [{"file_path": image.file_path, "made_from": image.fingerprint} for image in images],
+        in_conversations(client, converse, tries=flags.attempts, begun_per_place=1),
+        journal,
+        key=key,
+        settings={name: getattr(flags, name) for name in ("rounds", "model", "temperature", "seed")},
+        unit="image",
+    )
     if outcome.refusal is not None:
         raise InputError(outcome.refusal)
     if outcome.interrupted is not None:
         print("stopped; the same command goes on with the missing images", file=sys.stderr)
         return outcome.exit_status
-    finished = outcome.kept + outcome.done
-    finish_manifest(
-        journal,
-        finished=not outcome.missing,
-        items=outcome.items,
-        kept=finished,
-        dropped={"failed": outcome.missing} if outcome.missing else {},
-        seconds=outcome.seconds,
-    )
-    _write(out, images, journal)
+    dialogues = {key(entry): entry["chats"] for entry in _read_lines(journal) if "chats" in entry}
+    finished = [
+        {"id": image.identity, "file_path": path, "chats": dialogues[path, image.fingerprint]}
+        for path, image in by_path.items()
+        if (path, image.fingerprint) in dialogues
+    ]
+    _write(out, finished, len(images), journal)
     return outcome.exit_status
 
 
-def build(
-    client: "ChatClient", images: Sequence[CaptionedImage], journal: Path, *, rounds: int, seed: int, attempts: int
-) -> "Outcome":
-    """Build the dialogues that the journal lacks.
-
-    Args:
-        client: asks the server; its `concurrency` is the number of images worked on at a time.
-        images: all images.
-        journal: file that receives every finished record.
-        rounds: of each dialogue.
-        seed: chooses the opening questions.
-        attempts: how often one question is put, at most, while its answers do not fit.
-
-    Returns:
-        How it ended; images that failed are in the side files of `tbps_common.pipeline.run`.
-    """
-    from tbps_common.pipeline import Conversations, run
-
-    async def converse(image: CaptionedImage, conversation: "Conversation") -> dict[str, Any]:
-        return record(image, await dialogue(conversation, image, rounds, seed))
-
-    places = {image.file_path: place for place, image in enumerate(images)}
-    work = Conversations(
-        items=images,
-        keys=lambda image: (image.file_path,),
-        record_key=lambda stored: stored.get("file_path"),
-        converse=converse,
-        describe=lambda image: {"file_path": image.file_path},
-        order=lambda stored: places.get(stored.get("file_path", ""), len(places)),
-    )
-    return run(work, client, journal, tries=attempts, unit="image")
-
-
-async def dialogue(conversation: "Conversation", image: CaptionedImage, rounds: int, seed: int) -> list[Round]:
+async def dialogue(conversation: Conversation, image: CaptionedImage, rounds: int, seed: int) -> list[Round]:
     """One dialogue: an opening request of the prompt pool, then one attribute a round."""
     from diana.data import PROMPT_POOL
 
@@ -128,11 +113,6 @@ async def dialogue(conversation: "Conversation", image: CaptionedImage, rounds: 
     return turns
 
 
-def record(image: CaptionedImage, turns: list[Round]) -> dict[str, Any]:
-    """The image's record in ChatPedes' layout."""
-    return {"id": image.identity, "file_path": image.file_path, "chats": turns}
-
-
 def read_captions(path: str, split: str) -> list[CaptionedImage]:
     """Records of a split of a CUHK-PEDES-like annotation file (`split` of a record may be absent).
 
@@ -140,8 +120,6 @@ def read_captions(path: str, split: str) -> list[CaptionedImage]:
         DatasetError: the file or a record cannot be used.
         InputError: the split is empty, or a file path occurs twice.
     """
-    from tbps_common.datasets import iter_records
-
     images: dict[str, CaptionedImage] = {}
     for entry in iter_records(path):
         if split != "all" and (entry.optional_text("split") or split) != split:
@@ -161,13 +139,11 @@ def _round(question: str, answer: str) -> Round:
     return [{"from": "gpt", "value": question}, {"from": "user", "value": answer}]
 
 
-def _write(out: Path, images: Sequence[CaptionedImage], journal: Path) -> None:
+def _write(out: Path, finished: list[Record], wanted: int, journal: Path) -> None:
     """The annotation file, and beside it the reasons of images that are not in it."""
-    wanted = {image.file_path for image in images}
-    finished = [stored for stored in _lines(journal) if stored.get("file_path") in wanted]
     write_json(out, finished)
-    sides = [journal.with_name(f"{journal.name}.{fate}.jsonl") for fate in ("rejected", "failed")]
-    failures = {entry["file_path"]: entry["reason"] for side in sides for entry in _lines(side)}
+    sides = [journal.with_name(f"{journal.name}.{kind}.jsonl") for kind in ("rejected", "failed")]
+    failures = {entry["file_path"]: entry["reason"] for side in sides for entry in _read_lines(side)}
     listed = out.with_name(f"{out.name}.failures.json")
     if not failures:
         listed.unlink(missing_ok=True)
@@ -178,16 +154,14 @@ def _write(out: Path, images: Sequence[CaptionedImage], journal: Path) -> None:
         side.unlink(missing_ok=True)
     first = next(iter(failures.items()))
     print(
-        f"error: {len(failures)} of {len(images)} images failed ({first[0]}: {first[1]}); {out} holds the other "
+        f"error: {len(failures)} of {wanted} images failed ({first[0]}: {first[1]}); {out} holds the other "
         f"{len(finished)}, {listed} the reasons: run the same command again to try them again",
         file=sys.stderr,
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[Record]:
     """The readable records of a journal; none if there is no such file."""
-    from tbps_common.pipeline.journal import read_json_lines
-
     return [entry for _, entry in read_json_lines(path) if isinstance(entry, dict)] if path.exists() else []
 
 
@@ -208,6 +182,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--temperature", type=number(0), default=0.0, help="0: the most probable words")
     add("--seed", type=whole_number(0), default=0, help="of the opening questions, and of servers that have one")
+    add(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+    )
     add("--concurrency", type=whole_number(1), default=8, help="images worked on at a time")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds one request may take")
     add("--deadline", type=number(0, above=True), default=300.0, help="seconds one image may take in all")

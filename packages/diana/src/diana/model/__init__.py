@@ -1,25 +1,8 @@
-"""The model side of DiaNA: towers, refiner, checkpoints. It never imports the training side."""
+"""The model side of DiaNA: towers, refiner, checkpoints. It never imports the training side.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+The names are listed in `__init__.pyi` and loaded on first use.
+"""
 
-if TYPE_CHECKING:
-    from diana.model.config import DiaNAConfig
-    from diana.model.diana import DiaNAModel, DiaNAOutput, load_diana
-    from diana.model.refiner import AttributeRefiner
+import lazy_loader
 
-__all__ = ["AttributeRefiner", "DiaNAConfig", "DiaNAModel", "DiaNAOutput", "load_diana"]
-
-_HOME = {
-    "AttributeRefiner": "diana.model.refiner",
-    "DiaNAConfig": "diana.model.config",
-    "DiaNAModel": "diana.model.diana",
-    "DiaNAOutput": "diana.model.diana",
-    "load_diana": "diana.model.diana",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

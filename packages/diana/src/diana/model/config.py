@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_NAME = "config.json"
+SIM_TYPES = ("avg", "max", "min", "lsp_max", "lsp_min")
+DROP_PATH_SCHEDULES = ("constant", "linear")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 # Written to every config.json; on reading they are derived anew, whatever the file says.
 _DERIVED = ("architectures", "hidden_size", "model_type")
@@ -150,7 +153,7 @@ class DiaNAConfig:
         """Read config.json of a folder, of its newest `checkpoint-N`, or of a repository on the Hugging Face hub.
 
         Raises:
-            CheckpointError: there is none, or it is no configuration of DiaNA.
+            CheckpointError: there is none, or it is not a configuration of DiaNA.
         """
         return cls.from_file(resolve_folder(source, weights=False) / CONFIG_NAME)
 
@@ -165,7 +168,7 @@ class DiaNAConfig:
             raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again.") from error
         missing = [name for name in _PARTS if not isinstance(values, dict) or not isinstance(values.get(name), dict)]
         if missing:
-            raise CheckpointError(f"{path} is no configuration of DiaNA: it lacks {', '.join(missing)}.")
+            raise CheckpointError(f"{path} is not a configuration of DiaNA: it lacks {', '.join(missing)}.")
         try:
             return cls(**values)
         except (InputError, TypeError) as error:
@@ -179,5 +182,5 @@ def _dtype_name(value: Any) -> str:
     """`float32` from "float32", "torch.float32" or torch.float32."""
     name = str(value).removeprefix("torch.")
     if name not in _DTYPES:
-        raise InputError(f"The dtype {value!r} of a DiaNA configuration is none of {', '.join(_DTYPES)}.")
+        raise InputError(f"The dtype {value!r} of a DiaNA configuration must be one of {', '.join(_DTYPES)}.")
     return name

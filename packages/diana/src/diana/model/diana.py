@@ -5,16 +5,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel
+from transformers import LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from diana.losses import build_targets, compute_itc, compute_sdm, gather_rows
 from diana.model import weights
 from diana.model.config import DiaNAConfig
+from diana.model.folders import resolve_folder
 from diana.model.refiner import AttributeRefiner
 from diana.model.towers import (
     AdaptedLlama,
@@ -25,13 +25,13 @@ from diana.model.towers import (
     set_checkpointing,
 )
 from diana.similarity import attribute_similarity
+from diana.tokenizer import check_vocabulary, load_tokenizer
 from tbps_common.errors import CheckpointError, InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_LOGIT_SCALE = math.log(100)
 PROJECTION_DEVIATION = 0.02
+DTYPES = {"checkpoint": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+"""What `--dtype` of the commands means to `load_diana`."""
 
 
 @dataclass
@@ -278,7 +278,7 @@ class DiaNAModel(nn.Module):
         initialised anew with a warning.
 
         Args:
-            source: see `folders.resolve_folder`.
+            source: see `resolve_folder`.
             config: in place of the folder's own (its `use_llama_lora` may add adapters to a plain checkpoint).
             dtype: of the parameters; by default the configuration's, else that of the file.
 
@@ -288,7 +288,7 @@ class DiaNAModel(nn.Module):
         Raises:
             CheckpointError: files are missing or damaged, or names or shapes do not fit.
         """
-        folder = weights.resolve_folder(source)
+        folder = resolve_folder(source)
         own = DiaNAConfig.from_pretrained(folder)
         config = own if config is None else config
         state = weights.read_state(folder)
@@ -316,7 +316,7 @@ class DiaNAModel(nn.Module):
             CheckpointError: a backbone is missing, or does not fit the sizes of `config`.
         """
         # Both are looked for before the model is built, which takes seconds.
-        vision, llama = (weights.resolve_folder(source) for source in (vision_pretrained, llama_pretrained))
+        vision, llama = (resolve_folder(source) for source in (vision_pretrained, llama_pretrained))
         model = cls(config, empty_llama=True, adapters=False)
         weights.load_backbone(model.vision_model, vision, "swinv2.", ("classifier.",))
         weights.load_backbone(model.llama_tower, llama, "model.", ("lm_head.",))
@@ -345,7 +345,7 @@ class DiaNAModel(nn.Module):
 
 def load_diana(
     source: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[DiaNAModel, "PreTrainedTokenizerBase"]:
+) -> tuple[DiaNAModel, PreTrainedTokenizerBase]:
     """A checkpoint ready for retrieval: adapters merged, evaluation mode, on `device`, and its tokenizer.
 
     Args:
@@ -356,9 +356,7 @@ def load_diana(
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded.
     """
-    from diana.tokenizer import check_vocabulary, load_tokenizer
-
-    folder = weights.resolve_folder(source)
+    folder = resolve_folder(source)
     tokenizer = load_tokenizer(folder)
     model = DiaNAModel.from_pretrained(folder, dtype=dtype)
     check_vocabulary(tokenizer, model.llama_tower.config.vocab_size, folder)

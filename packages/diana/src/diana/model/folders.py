@@ -1,10 +1,14 @@
 """Which folder is meant: a checkpoint folder, the newest `checkpoint-N` in it, or a repository on the hub."""
 
+import json
+import logging
 import os
 import re
 from pathlib import Path
 
 from tbps_common.errors import CheckpointError
+
+logger = logging.getLogger("diana.model")
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -29,7 +33,8 @@ def resolve_folder(source: str | os.PathLike[str], *, weights: bool = True) -> P
     """The folder that holds `config.json`.
 
     Args:
-        source: a folder, a folder with `checkpoint-N` folders (the highest complete N is taken), or `owner/name` on the
+        source: a folder, a folder with `checkpoint-N` folders (the highest complete N is taken; damaged weights are passed
+            over with a warning, if others are there), or `owner/name` on the
             Hugging Face hub, which is downloaded to its cache.
         weights: the folder must hold a weight file too.
 
@@ -44,14 +49,17 @@ def resolve_folder(source: str | os.PathLike[str], *, weights: bool = True) -> P
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights.")
     if not folder.is_dir():
         return _from_hub(text, weights)
-    if _complete(folder, weights):
-        return folder
     numbered = sorted(
         (int(match[1]), entry) for entry in folder.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))
     )
-    for _, entry in reversed(numbered):
-        if _complete(entry, weights):
+    complete = [entry for entry in (folder, *(entry for _, entry in reversed(numbered))) if _complete(entry, weights)]
+    for place, entry in enumerate(complete):
+        if not weights or has_sound_weights(entry):
+            if place:
+                logger.warning("the weights in %s are damaged: %s is used instead", complete[0], entry)
             return entry
+    if complete:
+        return complete[0]  # reading it says what is wrong
     if weights and (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} holds config.json but no weights ({WEIGHT_FILES[0]}); give a finished checkpoint."
@@ -65,6 +73,35 @@ def _complete(folder: Path, weights: bool) -> bool:
     if not (folder / "config.json").is_file():
         return False
     return not weights or any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+def has_sound_weights(folder: Path) -> bool:
+    """Whether the weight file of a folder, or every shard of it, is as long as it should be; contents are not read."""
+    for name in WEIGHT_FILES:
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(".json"):
+            return _is_whole(folder / name)
+        try:
+            shards = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
+            return all(_is_whole(folder / shard) for shard in shards)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return False
+    return False
+
+
+def _is_whole(file: Path) -> bool:
+    size = file.stat().st_size if file.is_file() else 0
+    if file.suffix != ".safetensors":
+        return size > 0
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if 0 < length <= size else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(ends) and size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def _from_hub(name: str, weights: bool) -> Path:

@@ -64,7 +64,7 @@ class AttributeRefiner(nn.Module):
         layers: blocks of self-attention.
 
     Raises:
-        InputError: the width is no multiple of 64.
+        InputError: the width is not a multiple of 64.
     """
 
     def __init__(self, width: int, num_query: int, layers: int) -> None:

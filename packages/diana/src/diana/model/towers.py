@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel, Swinv2Config, Swinv2Model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from diana.model.config import ATTENTION, DROP_PATH_SCHEDULES
 from tbps_common.errors import InputError
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_DROPOUT = 0.05
-DROP_PATH_SCHEDULES = ("constant", "linear")
-ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 _TORCH_SETTINGS = ("dtype", "torch_dtype", "attn_implementation", "_attn_implementation_internal")
 

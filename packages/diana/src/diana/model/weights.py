@@ -5,18 +5,17 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from diana.model.config import DiaNAConfig
-from diana.model.folders import WEIGHT_FILES, resolve_folder
+from diana.model.folders import WEIGHT_FILES
 from tbps_common.errors import CheckpointError
 from tbps_common.files import atomic_path
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-__all__ = ["floating_dtype", "load_backbone", "load_state", "read_state", "resolve_folder", "save"]
+from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file, load_state_dict_strictly
 
 logger = logging.getLogger("diana.model")
 
@@ -32,14 +31,12 @@ _HUB_BACKBONES = {
 }
 
 
-def read_state(folder: Path) -> dict[str, "Tensor"]:
+def read_state(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or from shards with an index; safetensors are mapped, not read.
 
     Raises:
         CheckpointError: there is no weight file, or one is missing, damaged or not plain data.
     """
-    from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
-
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no weights ({', '.join(WEIGHT_FILES)}); give another folder.")
@@ -56,7 +53,7 @@ def _shards(index: Path) -> list[Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         shards = sorted(set(names))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of weight shards; copy or download it again.") from error
+        raise CheckpointError(f"{index} is not an index of weight shards; copy or download it again.") from error
     for name in shards:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise CheckpointError(f"{index} names the shard {name!r}, which is not in its folder; download it again.")
@@ -65,21 +62,17 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
-def floating_dtype(state: Mapping[str, "Tensor"]) -> "torch.dtype":
+def floating_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     """Dtype of the first floating-point tensor; float32 if there is none."""
-    import torch
-
     return next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
 
 
-def load_state(model: "nn.Module", state: Mapping[str, "Tensor"], *, source: str) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Fit the tensors of a DiaNA checkpoint to a model, by the rules that `DiaNAModel.from_pretrained` gives.
 
     Raises:
         CheckpointError: names or shapes do not fit; nothing of the model has changed.
     """
-    from tbps_common.run.checkpoint import load_state_dict_strictly
-
     state = _without_buffers(state)
     has_refiner = any(name.startswith("refiner.") for name in model.state_dict())
     if not has_refiner:
@@ -100,7 +93,7 @@ def load_state(model: "nn.Module", state: Mapping[str, "Tensor"], *, source: str
         logger.warning("%s", sentence)
 
 
-def load_backbone(tower: "nn.Module", folder: Path, prefix: str, heads: tuple[str, ...]) -> None:
+def load_backbone(tower: nn.Module, folder: Path, prefix: str, heads: tuple[str, ...]) -> None:
     """Load one tower from its own checkpoint folder.
 
     Args:
@@ -112,14 +105,12 @@ def load_backbone(tower: "nn.Module", folder: Path, prefix: str, heads: tuple[st
     Raises:
         CheckpointError: as `read_state`, or names or shapes do not fit.
     """
-    from tbps_common.run.checkpoint import load_state_dict_strictly
-
     state = {name: tensor for name, tensor in read_state(folder).items() if not name.startswith(heads)}
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     load_state_dict_strictly(tower, _without_buffers(state), source=str(folder))
 
 
-def _without_buffers(state: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+def _without_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor for name, tensor in state.items() if not name.endswith(_IGNORED_ENDINGS) and name not in _IGNORED
     }
@@ -127,10 +118,10 @@ def _without_buffers(state: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 def save(
     config: DiaNAConfig,
-    state: Mapping[str, "Tensor"],
+    state: Mapping[str, Tensor],
     towers: Mapping[str, Mapping[str, Any]],
     folder: Path,
-    dtype: "torch.dtype | None",
+    dtype: torch.dtype | None,
 ) -> None:
     """Write weights, then config.json: a folder with both is complete.
 
@@ -141,8 +132,6 @@ def save(
         folder: is created.
         dtype: of the saved floating-point tensors; None keeps theirs.
     """
-    from safetensors.torch import save_file
-
     tensors = {}
     for name, tensor in state.items():
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

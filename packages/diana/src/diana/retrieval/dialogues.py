@@ -9,20 +9,17 @@ shorter one, just the tokens that differ, as branches that see their own beginni
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from diana.model.diana import DiaNAModel
 from diana.retrieval.features import evaluating, finished, in_halves
 from diana.tokenizer import LENGTH_MULTIPLE, pad_id
 from tbps_common.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from diana.model import DiaNAModel
 
 logger = logging.getLogger("diana.retrieval")
 
@@ -31,8 +28,8 @@ _Encoded = tuple[Tensor, Tensor | None]
 
 
 def encode_dialogues(
-    model: "DiaNAModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: DiaNAModel,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
     max_seq_length: int,
@@ -61,8 +58,8 @@ def encode_dialogues(
 
 
 def encode_turns(
-    model: "DiaNAModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: DiaNAModel,
+    tokenizer: PreTrainedTokenizerBase,
     versions: Sequence[Sequence[str]],
     *,
     max_seq_length: int,
@@ -78,7 +75,7 @@ def encode_turns(
         model: where it is, it computes.
         tokenizer: see `diana.tokenizer.load_tokenizer`.
         versions: for each of Q dialogues, V texts. What versions have in common at their beginning is computed once.
-        max_seq_length: tokens of a text; longer ones lose their end, which is told in one warning.
+        max_seq_length: tokens of a text; longer ones lose their end; one warning counts them.
         batch_size: dialogues at a time; a batch that does not fit memory is encoded in halves.
         attributes: also give the refiner's attributes.
         sim_dtype: `fp32`, or `native` for features in the model's dtype.
@@ -153,7 +150,7 @@ class _Tree:
         return len(self.trunk) + sum(len(own) for _, own in self.branches)
 
 
-def _trees(tokenizer: "PreTrainedTokenizerBase", versions: Sequence[Sequence[str]], max_seq_length: int) -> list[_Tree]:
+def _trees(tokenizer: PreTrainedTokenizerBase, versions: Sequence[Sequence[str]], max_seq_length: int) -> list[_Tree]:
     texts = list(dict.fromkeys(text for dialogue in versions for text in dialogue))
     whole = tokenizer(texts, verbose=False)["input_ids"]
     longer = sum(len(ids) > max_seq_length for ids in whole)
@@ -178,7 +175,7 @@ def _tree(rows: list[list[int]]) -> _Tree:
 
 
 def _states(
-    model: "DiaNAModel", batch: Sequence[_Tree], pad: int, length: int, with_tokens: bool
+    model: DiaNAModel, batch: Sequence[_Tree], pad: int, length: int, with_tokens: bool
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """For every version: features `[B, D]`, tokens `[B, L, D]` (or None) and their mask `[B, L]`."""
     if len(batch[0].branches) == 1:

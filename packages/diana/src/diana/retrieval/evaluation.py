@@ -2,25 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
 from diana.data.annotations import image_folder, load_annotations
+from diana.data.augmentation import build_eval_transform
 from diana.data.text import render_dialogue
-from diana.data.transforms import build_eval_transform
 from diana.metrics import metrics_of, warn_of_missing
+from diana.model.diana import DiaNAModel
+from diana.options import MODES
 from diana.retrieval.dialogues import encode_turns
 from diana.retrieval.images import encode_images
-from diana.retrieval.scores import MODES, Features, score_rows_of
+from diana.retrieval.scores import Features, score_rows_of
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import check_images_exist
 from tbps_common.ranking import RetrievalResult, evaluate_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from diana.model import DiaNAModel
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: "DiaNAModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: DiaNAModel,
+    tokenizer: PreTrainedTokenizerBase,
     meta: Mapping[str, Any],
     *,
     split: str = "test",
+    view: Mapping[str, list[Any]] | None = None,
     turn_limits: Sequence[int] = (-1,),
     mode: str = "global",
     batch_size: int = 64,
@@ -77,6 +75,7 @@ def evaluate(
         tokenizer: see `diana.tokenizer.load_tokenizer`.
         meta: `mean`, `std`, `image_root`, `<split>_annotation`; see `diana.data.load_dataset_config`.
         split: of the annotation.
+        view: what `diana.data.load_annotations` gave, if it was called and its images were checked already.
         turn_limits: rounds to keep, -1 for all.
         mode: `global`, `local` or `all`.
         batch_size: images at a time.
@@ -101,25 +100,25 @@ def evaluate(
     with_attributes = mode != "global"
     if with_attributes and not model.config.enable_refiner:
         raise InputError(f"--mode {mode} needs an attribute refiner, and this model has none: use --mode global.")
-    view = load_annotations(meta, split)
+    if view is None:
+        view = load_annotations(meta, split)
+        check_images_exist(view["images"], image_folder(meta), flag="image_root of --dataset_config_path")
     if not view["chats"]:
         raise DatasetError(f"The {split} annotation holds no dialogue, so there is nothing to retrieve with.")
-    check_images_exist(view["images"], image_folder(meta), flag="image_root of --dataset_config_path")
     versions = [[render_dialogue(chat, limit) for limit in turn_limits] for chat in view["chats"]]
 
     transform = build_eval_transform(model.config.image_size, meta["mean"], meta["std"])
-    gallery = _gallery(
-        encode_images(
-            model,
-            view["images"],
-            transform,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            attributes=with_attributes,
-            sim_dtype=sim_dtype,
-            progress=progress,
-        )
+    batches = encode_images(
+        model,
+        view["images"],
+        transform,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        attributes=with_attributes,
+        sim_dtype=sim_dtype,
+        progress=progress,
     )
+    gallery = Features.joined((embeds, attributes) for _, embeds, attributes in batches)
     encoded = encode_turns(
         model,
         tokenizer,
@@ -164,12 +163,3 @@ def evaluate(
             )
         )
     return evaluations
-
-
-def _gallery(batches: Any) -> Features:
-    embeds, attributes = [], []
-    for _, batch_embeds, batch_attributes in batches:
-        embeds.append(batch_embeds)
-        if batch_attributes is not None:
-            attributes.append(batch_attributes)
-    return Features(torch.cat(embeds), torch.cat(attributes) if attributes else None)

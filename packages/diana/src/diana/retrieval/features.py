@@ -1,6 +1,7 @@
 """What images and dialogues have in common once they are encoded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -44,18 +45,13 @@ def in_halves(run: Callable[[Items], Result], items: Items) -> list[Result]:
     return [*in_halves(run, items[:middle]), *in_halves(run, items[middle:])]
 
 
-class evaluating:
-    """Context: the model in evaluation mode without gradients, and back afterwards."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._grad = torch.inference_mode()
-
-    def __enter__(self) -> None:
-        self._training = self._model.training
-        self._model.eval()
-        self._grad.__enter__()
-
-    def __exit__(self, *reason: Any) -> None:
-        self._grad.__exit__(*reason)
-        self._model.train(self._training)
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode without gradients, and back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

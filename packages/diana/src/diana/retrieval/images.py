@@ -2,19 +2,17 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from diana.model.diana import DiaNAModel
 from diana.retrieval.features import evaluating, finished, in_halves
 from tbps_common.errors import DatasetError
 from tbps_common.images import read_image
-
-if TYPE_CHECKING:
-    from diana.model import DiaNAModel
 
 logger = logging.getLogger("diana.retrieval")
 
@@ -45,7 +43,7 @@ def _stacked(items: list[tuple[str, Tensor | DatasetError]]) -> tuple[list[str],
 
 
 def encode_images(
-    model: "DiaNAModel",
+    model: DiaNAModel,
     paths: Sequence[str],
     transform: Any,
     *,

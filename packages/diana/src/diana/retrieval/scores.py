@@ -1,19 +1,17 @@
 """Rows of scores of the three modes: global features, attributes, and their sum."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diana.options import MODES
 from diana.similarity import attribute_similarity
 from tbps_common.errors import InputError
 from tbps_common.ranking import score_rows
 
 Rows = Callable[[int, int], Tensor]
-
-MODES = {"global": ("global",), "local": ("global", "local"), "all": ("global", "local", "all")}
-"""Which rows of the table a mode prints."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +26,12 @@ class Features:
     embeds: Tensor
     attributes: Tensor | None = None
 
-
-class SummedRows:
-    """Rows that are the unweighted sum of two scorers' rows."""
-
-    def __init__(self, one: Rows, other: Rows) -> None:
-        self._one, self._other = one, other
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        return self._one(start, stop) + self._other(start, stop)
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[Tensor, Tensor | None]]) -> "Features":
+        """The features of several batches as one."""
+        embeds, attributes = zip(*parts)
+        refined = [batch for batch in attributes if batch is not None]
+        return cls(torch.cat(embeds), torch.cat(refined) if refined else None)
 
 
 def score_rows_of(
@@ -79,7 +74,8 @@ def score_rows_of(
     else:
         rows["local"] = score_rows(queries.attributes, gallery.attributes, reduce=f"attr_{sim_type}", device=place)
     if mode == "all":
-        rows["all"] = SummedRows(rows["global"], rows["local"])
+        whole, local = rows["global"], rows["local"]
+        rows["all"] = lambda start, stop: whole(start, stop) + local(start, stop)
     return rows
 
 

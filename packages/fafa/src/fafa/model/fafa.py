@@ -1,10 +1,13 @@
-"""FAFA's objectives on BLIP-2's features (paper sections 4.2 to 4.4): FDA, FD and MFR, and the options beside them."""
+"""FAFA's objectives on BLIP-2's features (paper sections 4.2 to 4.4), and the model ready for use: built, loaded, placed."""
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fafa.losses import (
@@ -18,10 +21,19 @@ from fafa.losses import (
     pool_tokens,
     token_similarity,
 )
-from fafa.model.backbone import Blip2, Captions
-from fafa.model.gather import from_main, gather_rows, joined
-from fafa.model.settings import ModelSettings
+from fafa.model.blip2 import Blip2, Captions
+from fafa.model.settings import MODEL_NAME, ModelSettings, read_settings
+from fafa.model.start_weights import load_start_weights, read_state_dict
+from fafa.model.tokenizer import build_tokenizer
+from fafa.model.weights import LoadResult, load_official_state_dict, required_keys
+from fafa.processors import BlipCaptionProcessor
+from fafa.transforms import blip_image_train, inference_transform
 from tbps_common.errors import InputError
+from tbps_common.run.distributed import broadcast_tensor, gather_rows
+
+OLDEST_TRANSFORMERS = (5, 17)
+
+Processors = dict[str, Callable[[Any], Any]]
 
 
 class FAFA(Blip2):
@@ -52,6 +64,7 @@ class FAFA(Blip2):
         self.fda_k = settings.fda_k
         self.fda_alpha = 0.5
         self.use_fda_alpha = False
+        # Settable, as in the released code.
         self.use_soft = settings.use_soft
         self.use_sdm = settings.use_sdm
         self.use_hnnce = settings.use_hnnce
@@ -86,7 +99,7 @@ class FAFA(Blip2):
         hidden = self.image_hidden(targets)
         ids = samples["query_id"]
         draws = dict(draws or {})
-        if self.gather and joined():
+        if self.gather and dist.is_available() and dist.is_initialized():
             fused, hidden = gather_rows(fused), gather_rows(hidden)
             ids = gather_rows(ids.reshape(-1).to(self.device))
             draws = self._same_draws(draws, hidden)
@@ -143,7 +156,7 @@ class FAFA(Blip2):
         if self.use_mlm:
             for name in ("mfr_mask_A", "mfr_mask_B"):
                 made[name] = (torch.rand(count, width, device=hidden.device) < self.mlm_predictor.mask_ratio).float()
-        made = {name: from_main(value) for name, value in made.items()}
+        made = {name: broadcast_tensor(value) for name, value in made.items()}
         if "dsu_gate" in made:
             made["dsu_gate"] = made["dsu_gate"].item()
         return {**made, **draws}
@@ -155,3 +168,138 @@ class FAFA(Blip2):
         with self._feature_precision():
             query = self._project_query(self.fused_hidden(reference_embeds, text)).float()
         return pool_tokens(token_similarity(query, target_feats), self.fda_k, self.use_soft)
+
+
+class Blip2FAFACPR(FAFA):
+    """The model of the paper: a frozen EVA or CLIP ViT, the Q-Former, and FAFA's objectives.
+
+    Args:
+        settings: sizes, precision and objectives. Weights are random; `from_config` and `from_pretrained` load them.
+        empty_vit: leave the ViT's weights as memory is, because a file's will take their place.
+
+    Raises:
+        InputError: the tokenizer cannot be found, or transformers is older than 5.17.
+    """
+
+    def __init__(self, settings: ModelSettings, empty_vit: bool = False):
+        _require_transformers()
+        # An older transformers (in LAVIS's environment) lacks what these import.
+        from fafa.model.qformer import QFormer
+        from fafa.model.vit import build_vit
+
+        tokenizer = build_tokenizer(settings.tokenizer)
+        qformer = QFormer(settings.qformer, len(tokenizer), settings.vit_width, settings.cross_attention_freq)
+        super().__init__(settings, tokenizer, build_vit(settings, empty_vit), qformer)
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> Self:
+        """A float32 model on the CPU from the content of a YAML file's `model:`, start weights loaded as it says.
+
+        Raises:
+            InputError: a setting is missing or wrong, or a file it names cannot be used.
+        """
+        return cls._started(ModelSettings.from_mapping(cfg))
+
+    @classmethod
+    def from_pretrained(cls, model_type: str) -> Self:
+        """The same for a built-in backbone (`pretrain`, `pretrain_vitL`, `coco`) or a YAML file."""
+        return cls._started(read_settings(model_type))
+
+    @classmethod
+    def _started(cls, settings: ModelSettings) -> Self:
+        # Drawing a billion random numbers takes longer than reading the file that replaces them.
+        sources = (settings.vit_weights, settings.finetuned if settings.load_finetuned else settings.pretrained)
+        promised = (settings.load_pretrained or settings.load_finetuned) and any(sources)
+        model = cls(settings, empty_vit=promised)
+        if not load_start_weights(model) and promised:
+            model = cls(settings)
+            load_start_weights(model)
+        return model
+
+    @classmethod
+    def from_state_dict(cls, cfg: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Self, LoadResult]:
+        """A model with the weights of a checkpoint; start weights are read only if the checkpoint lacks some.
+
+        Args:
+            cfg: content of a YAML file's `model:`.
+            state: tensors in official layout.
+
+        Returns:
+            The model (float32, on the CPU), and missing and unexpected keys of `state`.
+
+        Raises:
+            StateDictMismatch: a tensor has the wrong shape.
+        """
+        settings = ModelSettings.from_mapping(cfg)
+        absent = [key for key in required_keys(settings) if key not in state and not key.startswith("mlm_predictor.")]
+        if any(key.startswith("visual_encoder.") for key in absent):
+            model = cls._started(settings)
+        else:
+            model = cls(settings, empty_vit=True)
+            if absent:
+                load_start_weights(model)
+        return model, load_official_state_dict(model, state)
+
+
+def _require_transformers() -> None:
+    """Package metadata cannot ask for 5.17: FAFA inside LAVIS lives with an old one."""
+    wanted = ".".join(map(str, OLDEST_TRANSFORMERS))
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        raise InputError(
+            f"The model needs transformers {wanted} or later: pip install 'transformers>={wanted}'."
+        ) from None
+    numbers = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split(".")[:2])
+    if numbers < OLDEST_TRANSFORMERS:
+        raise InputError(
+            f"The model needs transformers {wanted} or later, but {found} is installed: "
+            f"pip install 'transformers>={wanted}' (LAVIS's belongs in an environment of its own)."
+        )
+
+
+def load_model_and_preprocess(
+    name: str,
+    model_type: str | os.PathLike[str],
+    model_path: str | os.PathLike[str] | None = None,
+    is_eval: bool = False,
+    device: str | torch.device = "cpu",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Blip2FAFACPR, Processors, Processors]:
+    """Build a model with its start weights and processors.
+
+    Args:
+        name: `blip2_fafa_cpr`.
+        model_type: built-in backbone or path of a YAML file.
+        model_path: checkpoint (path or https URL) loaded over the start weights; keys need not agree.
+        is_eval: evaluation mode; else training mode.
+        device: where to put it. On a GPU a frozen ViT's matrices are stored as `vit_precision` says.
+        overrides: settings in place of the configuration's; None: not given.
+
+    Returns:
+        The model, image processors and text processors; both with the keys `train` and `eval`.
+
+    Raises:
+        InputError: an unknown name, a wrong setting, a file that cannot be used.
+    """
+    if name != MODEL_NAME:
+        raise InputError(f"--blip-model-name must be {MODEL_NAME}, but it is {name!r}.")
+    settings = read_settings(model_type, **(overrides or {}))
+    if model_path is None:
+        model = Blip2FAFACPR.from_config(settings.to_mapping())
+    else:
+        model, _ = Blip2FAFACPR.from_state_dict(settings.to_mapping(), read_state_dict(model_path))
+    place(model, device).train(not is_eval)
+    text = BlipCaptionProcessor()
+    images = {"train": blip_image_train(settings.image_size), "eval": inference_transform(settings.image_size)}
+    return model, images, {"train": text, "eval": text}
+
+
+def place(model: Blip2FAFACPR, device: str | torch.device) -> Blip2FAFACPR:
+    """Move a model; on a GPU store a frozen ViT's matrices in its `vit_precision`, on a CPU everything in float32."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return model.float().to(device)
+    model.store_vit_in_half()
+    return model.to(device)

@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
+
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path, write_text
 
@@ -20,6 +22,9 @@ logger = logging.getLogger("fafa.model")
 LAVIS_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 BERT = "bert-base-uncased"
 HF_PREFIX = "hf:"
+MODEL_NAME = "blip2_fafa_cpr"
+MODEL_CONFIG = "model_config.yaml"
+"""Name of a run's own model file."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,11 @@ class ModelSettings:
         )
         return self
 
+    def without_start_weights(self) -> "ModelSettings":
+        """For a model whose weights all come from a checkpoint: nothing is fetched to start from."""
+        inner = replace(self.qformer, init_from=None)
+        return replace(self, load_finetuned=False, load_pretrained=False, vit_weights=None, qformer=inner)
+
     def to_mapping(self) -> dict[str, Any]:
         """All settings as plain values, the form of a YAML file's `model:`."""
         return asdict(self)
@@ -306,8 +316,6 @@ def read_model_config(backbone: str | os.PathLike[str], **overrides: Any) -> dic
 
 
 def _read_yaml(name: str) -> dict[str, Any]:
-    import yaml
-
     path = Path(name)
     if not path.is_file():
         raise InputError(
@@ -332,8 +340,6 @@ def write_model_config(mapping: Mapping[str, Any], folder: str | os.PathLike[str
     Returns:
         The path of the file.
     """
-    import yaml
-
     target = Path(folder)
     settings = ModelSettings.from_mapping(mapping)
     tokenizer = settings.tokenizer
@@ -342,14 +348,7 @@ def write_model_config(mapping: Mapping[str, Any], folder: str | os.PathLike[str
         with atomic_path(target / "vocab.txt") as temporary:
             shutil.copyfile(vocabulary, temporary)
         tokenizer = "vocab.txt"
-    alone = replace(
-        settings,
-        tokenizer=tokenizer,
-        load_finetuned=False,
-        load_pretrained=False,
-        vit_weights=None,
-        qformer=replace(settings.qformer, init_from=None),
-    )
-    path = target / "model_config.yaml"
+    alone = replace(settings.without_start_weights(), tokenizer=tokenizer)
+    path = target / MODEL_CONFIG
     write_text(path, yaml.safe_dump({"model": alone.to_mapping()}, sort_keys=False, allow_unicode=True))
     return path

@@ -16,20 +16,21 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from fafa.model.layout import POSITION_IDS, layout
-from fafa.model.settings import HF_PREFIX
+from fafa.model.settings import HF_PREFIX, ModelSettings
 from fafa.model.weights import (
+    QUERY_TOKENS,
     LoadResult,
     StateDictMismatch,
-    load_official_state_dict,
-    load_weights,
+    layout,
+    load_from,
     official_state_dict,
+    required_keys,
 )
 from tbps_common.errors import CheckpointError
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 if TYPE_CHECKING:
-    from fafa.model.backbone import Blip2
+    from fafa.model.blip2 import Blip2
 
 logger = logging.getLogger("fafa.model")
 
@@ -47,8 +48,11 @@ def load_start_weights(model: "Blip2") -> bool:
     if not settings.load_pretrained and not settings.load_finetuned:
         return False
     start = settings.finetuned if settings.load_finetuned else settings.pretrained
-    state = read_state(start, model) if start else {}
-    wanted = [entry.official for entry in layout(settings) if entry.official != POSITION_IDS and entry.twin is None]
+    if start and start.startswith(HF_PREFIX):
+        state = read_hf(start.removeprefix(HF_PREFIX), settings, len(model.tokenizer))
+    else:
+        state = read_state_dict(start) if start else {}
+    wanted = required_keys(settings)
     has_vit = not _lacks(state, wanted, "visual_encoder.")
     if settings.vit_weights and not has_vit:
         _load_vit(model, settings.vit_weights)
@@ -57,10 +61,7 @@ def load_start_weights(model: "Blip2") -> bool:
         _load_bert(model, settings.qformer.init_from)
     if not start:
         return has_vit
-    try:
-        result = load_official_state_dict(model, state)
-    except StateDictMismatch as error:
-        raise StateDictMismatch(f"{start}: {error}") from None
+    result = load_from(model, state, start)
     if len(result.missing_keys) >= len(wanted):
         raise StateDictMismatch(f"{start} holds no weight of this model: give a file in LAVIS's layout.")
     missing = [key for key in result.missing_keys if not key.startswith(("visual_encoder.", "mlm_predictor."))]
@@ -92,17 +93,13 @@ def load_checkpoint(
             (that one is a RuntimeError too).
     """
     path = local_file(path_or_url)
-    return load_weights(model, load_checkpoint_file(path, trust=trust, mmap=True), str(path), strict)
+    return load_from(model, read_state_dict(path, trust=trust), str(path), strict)
 
 
-def read_state(source: str, model: "Blip2") -> dict[str, Tensor]:
-    """State dict in official layout from a path, a URL, or `hf:` and a repository or folder."""
-    if source.startswith(HF_PREFIX):
-        from fafa.model.hf_layout import read_hf
-
-        return read_hf(source.removeprefix(HF_PREFIX), model.settings, len(model.tokenizer))
+def read_state_dict(source: str | os.PathLike[str], *, trust: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file or URL; see `load_checkpoint` for its forms and errors."""
     path = local_file(source)
-    return find_state_dict(load_checkpoint_file(path, mmap=True), source=str(path))[0]
+    return find_state_dict(load_checkpoint_file(path, trust=trust, mmap=True), source=str(path))[0]
 
 
 def local_file(source: str | os.PathLike[str]) -> Path:
@@ -136,17 +133,14 @@ def local_file(source: str | os.PathLike[str]) -> Path:
 def _load_vit(model: "Blip2", source: str) -> None:
     """A file of the bare ViT: keys without prefix; its further blocks, final norm and heads are left out."""
     path = local_file(source)
-    state, _ = find_state_dict(load_checkpoint_file(path, mmap=True), source=str(path))
+    state = read_state_dict(path)
     prefix = "visual_encoder."
     known = {entry.official for entry in layout(model.settings) if entry.official.startswith(prefix)}
     state = {prefix + key: value for key, value in state.items() if prefix + key in known}
     absent = sorted(known - set(state))
     if absent:
-        raise CheckpointError(f"{path} lacks {absent[0].removeprefix(prefix)} and is therefore no ViT of this model.")
-    try:
-        load_official_state_dict(model, state)
-    except StateDictMismatch as error:
-        raise StateDictMismatch(f"{path}: {error}") from None
+        raise CheckpointError(f"{path} lacks {absent[0].removeprefix(prefix)} and is not the ViT of this model.")
+    load_from(model, state, str(path))
 
 
 def _load_bert(model: "Blip2", source: str) -> None:
@@ -157,7 +151,7 @@ def _load_bert(model: "Blip2", source: str) -> None:
         bert = BertForMaskedLM.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"The Q-Former's first weights '{source}' cannot be had from the hub or a folder; download that model, or "
+            f"The Q-Former's first weights '{source}' cannot be found on the hub or in a folder; download that model, or "
             "set 'init_from: null' under 'qformer'."
         ) from error
     current = official_state_dict(model)
@@ -172,7 +166,100 @@ def _load_bert(model: "Blip2", source: str) -> None:
     for key in list(state):
         query = re.sub(r"(\.layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", key)
         state[query] = state[key]
+    load_from(model, state, source)
+
+
+# First match wins; what follows a prefix is kept.
+_PREFIXES = (
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
+    ("visual_encoder.blocks", "vision_model.encoder.layers"),
+    ("ln_vision", "vision_model.post_layernorm"),
+    ("Qformer.bert.embeddings.LayerNorm", "qformer.layernorm"),
+    ("Qformer.bert.embeddings", "embeddings"),
+    ("Qformer.bert.encoder", "qformer.encoder"),
+    ("vision_proj", "vision_projection"),
+    ("text_proj", "text_projection"),
+    ("itm_head", "itm_head"),
+    (QUERY_TOKENS, QUERY_TOKENS),
+)
+_INSIDE = (
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.proj.", ".self_attn.projection."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    ("attention.self.", "attention.attention."),
+)
+
+
+def hf_name(official: str) -> str | None:
+    """Name in Hugging Face's layout; None for what it lacks. The parts of the joint qkv bias are not covered."""
+    for prefix, replacement in _PREFIXES:
+        if official == prefix or official.startswith(prefix + "."):
+            name = replacement + official.removeprefix(prefix)
+            for old, new in _INSIDE:
+                name = name.replace(old, new)
+            return name
+    return None
+
+
+def read_hf(source: str, settings: ModelSettings, vocab_size: int) -> dict[str, Tensor]:
+    """State dict in official layout from a folder or hub repository with a `Blip2ForImageTextRetrieval`.
+
+    `temp`, the language-model head and the masked-feature predictor have no counterpart and are absent.
+
+    Args:
+        source: folder, or name of a repository.
+        settings: of the model that is to receive it.
+        vocab_size: rows of its word embedding; further rows in the file are padding.
+
+    Raises:
+        CheckpointError: the files cannot be found, or hold another kind of model.
+    """
+    if settings.vit_model != "eva_clip_g":
+        raise CheckpointError(f"hf:{source} holds an EVA ViT: set 'vit_model: eva_clip_g', or give a file of LAVIS.")
+    found = _read_files(_folder(source))
+    state: dict[str, Tensor] = {}
+    for key in required_keys(settings):
+        if key.endswith((".attn.q_bias", ".attn.v_bias")):
+            block, _, part = key.rpartition(".attn.")
+            joint = found.get(f"{hf_name(block)}.self_attn.qkv.bias")
+            if joint is not None:
+                state[key] = joint.chunk(3)[0 if part == "q_bias" else 2]
+            continue
+        name = hf_name(key)
+        if name is not None and name in found:
+            value = found[name]
+            state[key] = value[:vocab_size] if name == "embeddings.word_embeddings.weight" else value
+    if "Qformer.bert.embeddings.word_embeddings.weight" not in state:
+        raise CheckpointError(
+            f"hf:{source} holds no text side of the Q-Former: give a Blip2ForImageTextRetrieval, such as "
+            "Salesforce/blip2-itm-vit-g (the captioning models cannot be used)."
+        )
+    return state
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        load_official_state_dict(model, state)
-    except StateDictMismatch as error:
-        raise StateDictMismatch(f"{source}: {error}") from None
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"hf:{source} is neither a folder nor a repository that can be fetched; download it and give its folder."
+        ) from error
+
+
+def _read_files(folder: Path) -> Mapping[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise CheckpointError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin; give a model's folder.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(read_state_dict(file))
+    return tensors

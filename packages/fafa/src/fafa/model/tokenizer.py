@@ -14,7 +14,7 @@ def build_tokenizer(source: str, from_file: Callable[[Path], Any] | None = None)
 
     Args:
         source: a `vocab.txt`, a folder with one (or with a saved tokenizer), or a name on the hub.
-        from_file: makes the tokenizer of a vocabulary file, where today's transformers is not at hand.
+        from_file: makes the tokenizer of a vocabulary file, for an older transformers.
 
     Raises:
         InputError: there is no vocabulary, or it lacks a special token.
@@ -32,7 +32,7 @@ def build_tokenizer(source: str, from_file: Callable[[Path], Any] | None = None)
             tokenizer = BertTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"Tokenizer '{source}' is neither a vocabulary file nor a folder with vocab.txt, and cannot be had from "
+                f"Tokenizer '{source}' is neither a vocabulary file nor a folder with vocab.txt, and cannot be fetched from "
                 "the hub; check 'tokenizer' in the model's settings, or download it first."
             ) from error
     tokenizer.truncation_side = "right"

@@ -1,15 +1,6 @@
-"""Data sets, image transforms and loaders of the three stages: pre-training, fine-tuning, evaluation."""
+"""Data sets, image transforms and the loader of training batches."""
 
-from mra.data.datasets import FinetuneDataset, PretrainDataset, RetrievalTestDataset
-from mra.data.erasing import RandomErasing
-from mra.data.regions import region_attention
-from mra.data.transforms import build_transforms
+import lazy_loader
 
-__all__ = [
-    "FinetuneDataset",
-    "PretrainDataset",
-    "RandomErasing",
-    "RetrievalTestDataset",
-    "build_transforms",
-    "region_attention",
-]
+# The names stand in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

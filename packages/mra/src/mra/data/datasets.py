@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from mra.data.regions import box_in_pixels, crop_around, region_attention
 from mra.data.transforms import Transform, build_transforms
-from mra.text import pre_caption
+from mra.text.augmentation import pre_caption
 from mra.text.wordnet import synonyms_of
 from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
 from tbps_common.errors import DatasetError

@@ -18,7 +18,7 @@ def projection(settings: ModelSettings, width: int, pooled: int) -> nn.Module:
     linear = nn.Linear(pooled * width, settings.embed_dim)
     nn.init.normal_(linear.weight, std=1e-5)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(pooled * width), nn.Dropout(settings.projection_dropout), linear)
+    return nn.Sequential(nn.BatchNorm1d(pooled * width), nn.Dropout(settings.itc_dop), linear)
 
 
 def thirds(tokens: Tensor) -> Tensor:

@@ -1,17 +1,14 @@
 """Embeddings and unit-norm features of texts and images, in batches, without gradients."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-if TYPE_CHECKING:
-    from mra.model import Retrieval
+from mra.model.network import Retrieval
 
 
 @torch.no_grad()
-def encode_texts(model: "Retrieval", ids: Tensor, atts: Tensor, batch_size: int = 200) -> tuple[Tensor, Tensor]:
+def encode_texts(model: Retrieval, ids: Tensor, atts: Tensor, batch_size: int = 200) -> tuple[Tensor, Tensor]:
     """Encode tokenised texts; call `model.eval()` first.
 
     Args:
@@ -31,7 +28,7 @@ def encode_texts(model: "Retrieval", ids: Tensor, atts: Tensor, batch_size: int 
 
 
 @torch.no_grad()
-def encode_images(model: "Retrieval", images: Tensor, batch_size: int = 40) -> tuple[Tensor, Tensor]:
+def encode_images(model: Retrieval, images: Tensor, batch_size: int = 40) -> tuple[Tensor, Tensor]:
     """Encode images; call `model.eval()` first.
 
     Args:

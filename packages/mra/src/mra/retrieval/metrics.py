@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from tbps_common.ranking import RetrievalResult, Rows, evaluate_rows
+from tbps_common.ranking import RetrievalResult, evaluate_rows
 
-logger = logging.getLogger("mra.retrieval")
+logger = logging.getLogger("mra.evaluate")
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 
@@ -27,28 +27,10 @@ def retrieval_metrics(scores: Tensor, g_pids: Iterable[Hashable], q_pids: Iterab
     Raises:
         ValueError: no query has an image of its person, sizes that do not fit, or scores that are not finite.
     """
-    result = rank_rows(lambda start, stop: scores[start:stop], g_pids, q_pids, topk=0)
-    return {name: result.metrics[name] for name in METRICS}
-
-
-def rank_rows(
-    rows: Rows,
-    g_pids: Iterable[Hashable],
-    q_pids: Iterable[Hashable],
-    *,
-    topk: int = 10,
-    max_rank: int = 10,
-) -> RetrievalResult:
-    """The same for a callable of score rows, with the best `topk` images of each query."""
     gallery, queries = integer_ids(g_pids, q_pids)
-    result = evaluate_rows(rows, queries, gallery, topk=topk, max_rank=max_rank, on_missing="skip")
-    if result.num_missing:
-        logger.warning(
-            "%d of %d captions have no image of their person in the gallery and are left out of the metrics",
-            result.num_missing,
-            result.num_queries,
-        )
-    return result
+    result = evaluate_rows(lambda start, stop: scores[start:stop], queries, gallery, topk=0, on_missing="skip")
+    warn_of_missing(result)
+    return {name: result.metrics[name] for name in METRICS}
 
 
 def integer_ids(g_pids: Iterable[Hashable], q_pids: Iterable[Hashable]) -> tuple[np.ndarray, np.ndarray]:
@@ -59,3 +41,13 @@ def integer_ids(g_pids: Iterable[Hashable], q_pids: Iterable[Hashable]) -> tuple
         entries: Sequence[Hashable] = pids.tolist() if isinstance(pids, (Tensor, np.ndarray)) else list(pids)
         parts.append(np.array([numbers.setdefault(pid, len(numbers)) for pid in entries], dtype=np.int64))
     return parts[0], parts[1]
+
+
+def warn_of_missing(result: RetrievalResult) -> None:
+    """Say how many captions have no image to find."""
+    if result.num_missing:
+        logger.warning(
+            "%d of %d captions have no image of their person in the gallery and are left out of the metrics",
+            result.num_missing,
+            result.num_queries,
+        )

@@ -12,17 +12,14 @@ Which pairs are handled together never depends on the number of processes, so ne
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mra.model.text import KeysValues, text_mask
+from mra.model.bert import KeysValues, text_mask
+from mra.model.network import Retrieval
 from tbps_common.ranking import best_of_rows, rerank
 from tbps_common.ranking.memory import is_out_of_memory, release_cached_memory
-
-if TYPE_CHECKING:
-    from mra.model import Retrieval
 
 # Images whose keys and values are held at a time, and text tokens handled at a time.
 IMAGE_CHUNK = 40
@@ -33,7 +30,7 @@ SIMILARITY_WEIGHT = 0.002
 
 @torch.no_grad()
 def itm_rerank(
-    model: "Retrieval",
+    model: Retrieval,
     sims: Tensor,
     image_embeds: Tensor,
     text_embeds: Tensor,
@@ -109,7 +106,7 @@ class Matcher:
         tokens: text tokens handled at a time; by default by the kind of device. Halved where memory runs out.
     """
 
-    def __init__(self, model: "Retrieval", text_embeds: Tensor, text_atts: Tensor, tokens: int | None = None):
+    def __init__(self, model: Retrieval, text_embeds: Tensor, text_atts: Tensor, tokens: int | None = None):
         self._model = model
         self._layers = list(model.text_encoder.fusion_layers)
         self._device = model.temp.device

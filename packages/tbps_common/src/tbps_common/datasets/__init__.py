@@ -5,6 +5,8 @@ One module for each data set; `json_records` reads what they have in common, `fi
 anything.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from tbps_common.datasets.chatpedes import ChatPedesImage, load_chatpedes, read_chatpedes
 from tbps_common.datasets.finetune import ProcessedEval, ProcessedTrain, load_processed_eval, load_processed_train
 from tbps_common.datasets.itcpr import ITCPR
@@ -14,7 +16,9 @@ from tbps_common.datasets.raw import CUHKPEDES, DATASETS, ICFGPEDES, RSTPReid
 from tbps_common.datasets.sda import load_sda
 from tbps_common.datasets.syncpr import SynCPRRecord, load_syncpr
 from tbps_common.errors import DatasetError
-from tbps_common.images import read_image
+
+if TYPE_CHECKING:
+    from tbps_common.images import read_image
 
 __all__ = [
     "CUHKPEDES",
@@ -40,3 +44,11 @@ __all__ = [
     "read_image",
     "read_json",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "read_image":  # when it is asked for: `tbps-data --help` needs neither Pillow nor NumPy
+        from tbps_common.images import read_image
+
+        return read_image
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

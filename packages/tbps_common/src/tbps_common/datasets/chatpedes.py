@@ -52,11 +52,12 @@ def load_chatpedes(files: Files, image_root: str | os.PathLike[str], turn_limit:
     label_of: dict[Identity, int] = {}
     without_dialogue = 0
     for image in read_chatpedes(files, image_root):
-        if not image.dialogues:
+        dialogues = [turns for turns in image.dialogues if turns]
+        if not dialogues:
             without_dialogue += 1
             continue
         label = label_of.setdefault(image.identity, len(label_of))
-        for turns in image.dialogues:
+        for turns in dialogues:
             records.append(ChatRecord(image.image_path, label, turns[:turn_limit] if turn_limit > 0 else turns))
     if without_dialogue:
         logger.warning("ChatPedes: %d records without a dialogue are left out", without_dialogue)
@@ -68,7 +69,7 @@ def read_chatpedes(
 ) -> Iterator[ChatPedesImage]:
     """Yield the records one by one, every turn checked, so that the reader decides what is kept of a million messages.
 
-    `chats` holds one dialogue (a list of turns) or several (a list of such lists); a dialogue without a turn is left out.
+    `chats` holds one dialogue (a list of turns) or several (a list of such lists); a dialogue may have no turn.
 
     Args:
         files: annotation files, read in this order.
@@ -118,4 +119,4 @@ def _dialogues(record: Record, pairs_only: bool) -> list[Dialogue]:
                 raise record.error("chats", f"has a turn {number} (counted from 0) that {problem}")
             for message in turn:
                 record.check_characters("chats", message["value"])
-    return [turns for turns in chats if turns]
+    return chats

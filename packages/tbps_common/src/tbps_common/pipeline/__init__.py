@@ -1,27 +1,53 @@
-"""Asking a chat model about many items: any OpenAI-compatible server, a journal that survives a kill, bounded retries.
+"""Long work on many items, killed and run again without loss: stages of files, and a chat model behind any of them.
 
-`ChatClient` sends one request after the other until there is an answer; `run` takes a `Job` (items, what to ask, what
-to make of an answer) or `Conversations` (several questions per item) through it; `ask_once` asks a single question. The `openai` package is a dependency of the packages that use this, and is imported
-when the first request is made.
+`run_stage` (stages.py) keeps the output, its side files and the manifest. The work on the items is done by `in_batches`, a
+function of a few items at a time, or by `in_conversations` (chat.py), a chat model of any OpenAI-compatible server with
+many requests in flight. client.py sends one request until there is an answer; journal.py is the file of JSON lines.
 """
 
-from tbps_common.pipeline.client import BadReply, ChatClient, ItemBudget, RequestFailed, ServerRefusal, require_api_key
-from tbps_common.pipeline.journal import Journal
-from tbps_common.pipeline.runner import Conversation, Conversations, Job, Outcome, Rejected, ask_once, run
+from tbps_common.pipeline.answers import Rejected, final_answer, json_values
+from tbps_common.pipeline.chat import Conversation, ask_once, in_conversations
+from tbps_common.pipeline.client import BadReply, ChatClient, RequestFailed, ServerRefusal, request_fields
+from tbps_common.pipeline.journal import Journal, Record, encode, read_json_lines
+from tbps_common.pipeline.stages import (
+    Dropped,
+    Outcome,
+    Shard,
+    begin_manifest,
+    finish_manifest,
+    in_batches,
+    manifest_path,
+    read_stage,
+    run_stage,
+    say,
+    shard,
+)
 
 __all__ = [
     "BadReply",
     "ChatClient",
     "Conversation",
-    "Conversations",
-    "ItemBudget",
-    "Job",
+    "Dropped",
     "Journal",
     "Outcome",
+    "Record",
     "Rejected",
     "RequestFailed",
     "ServerRefusal",
+    "Shard",
     "ask_once",
-    "require_api_key",
-    "run",
+    "begin_manifest",
+    "encode",
+    "final_answer",
+    "finish_manifest",
+    "in_batches",
+    "in_conversations",
+    "json_values",
+    "manifest_path",
+    "read_json_lines",
+    "read_stage",
+    "request_fields",
+    "run_stage",
+    "say",
+    "shard",
 ]

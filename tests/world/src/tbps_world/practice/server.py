@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 Messages = list[dict[str, Any]]
 Answer = Callable[[Messages], str]
@@ -44,7 +44,7 @@ class PracticeServer:
         """What `--base_url` or `OPENAI_BASE_URL` takes."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
-    def __enter__(self) -> "PracticeServer":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

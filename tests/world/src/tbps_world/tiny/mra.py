@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mra.config import TASKS, load_config
-from mra.shipped import PACKAGE
+from mra.model.settings import PACKAGE
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path, write_json, write_text
 from tbps_common.run.arguments import HelpFormatter, whole_number

@@ -117,7 +117,7 @@ def stage_flags(stage: str, steps: int | None) -> list[str]:
 
 def _layout() -> Path:
     """The folder with `train/shell` and `eval/shell`."""
-    folder = checkout_of("diana")
+    folder = checkout_of("diana") / "DiaNA"
     if not (folder / "train" / "shell" / "pretrain.sh").is_file():
         raise InputError("the toy runs the scripts of the checkout: clone the repository and call it from there")
     return folder

@@ -1,0 +1,14 @@
+from .annotations import load_annotations as load_annotations
+from .annotations import load_dataset_config as load_dataset_config
+from .augmentation import build_eval_transform as build_eval_transform
+from .augmentation import build_train_transform as build_train_transform
+from .augmentation import mask_token_ids as mask_token_ids
+from .text import PROMPT_POOL as PROMPT_POOL
+from .text import SYSTEM_PROMPT as SYSTEM_PROMPT
+from .text import clean_caption as clean_caption
+from .text import render_caption as render_caption
+from .text import render_dialogue as render_dialogue
+from .text import split_chats as split_chats
+from .training import Collate as Collate
+from .training import TrainingDataset as TrainingDataset
+from .training import build_training_dataset as build_training_dataset

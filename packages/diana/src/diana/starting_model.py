@@ -1,0 +1,114 @@
+"""The model that a training starts or goes on with: configuration, weights, what is frozen, and its size in words."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diana.model.config import DiaNAConfig
+from diana.model.diana import DiaNAModel
+from diana.options import TrainOptions
+from tbps_common.errors import InputError
+
+_BIG_GPU_BYTES = 79e9
+
+
+def build_config(options: TrainOptions, source: str | Path, pad_token_id: int | None) -> DiaNAConfig:
+    """The configuration in `source`, overwritten by the flags."""
+    config: Any = DiaNAConfig.from_pretrained(source)
+    config.refiner_config.update(
+        enable=options.enable_refiner,
+        enable_refiner=options.enable_refiner,
+        num_query=options.num_query,
+        sim_type=options.sim_type,
+        enable_sdm=options.enable_sdm,
+    )
+    config.enable_sdm = options.enable_sdm
+    config.vision_config["drop_path_rate"] = options.drop_path_rate
+    config.vision_config["drop_path_schedule"] = options.drop_path_schedule
+    config.vision_config["image_size"] = list(options.image_size)
+    config.force_image_size = list(options.image_size)
+    # Read by the released code alone, which loads both backbones even to evaluate.
+    for part, path in (
+        (config.vision_config, options.vision_pretrained),
+        (config.llama_config, options.llama_pretrained),
+    ):
+        if path:
+            part["pretrained"] = path
+    if pad_token_id is not None:
+        config.llama_config["pad_token_id"] = pad_token_id
+    config.attn_implementation = options.attn_implementation
+    return config
+
+
+def build_model(options: TrainOptions, checkpoint: Path | None, pad_token_id: int | None) -> DiaNAModel:
+    """The model with float32 weights, as training starts or goes on.
+
+    Args:
+        options: flags of `parse_train_flags`.
+        checkpoint: of this run, to go on from.
+        pad_token_id: of the tokenizer.
+
+    Raises:
+        InputError: weights or configuration cannot be used.
+    """
+    source = checkpoint or options.pretrained
+    config: Any = build_config(options, source or options.config_dir, pad_token_id)
+    if source:
+        model = DiaNAModel.from_pretrained(source, config=config, dtype=torch.float32)
+    elif options.init_from_scratch:
+        model = DiaNAModel(config)
+    else:
+        assert options.vision_pretrained and options.llama_pretrained  # diana.preflight
+        model = DiaNAModel.from_backbones(config, options.vision_pretrained, options.llama_pretrained)
+    freeze(model, options)
+    adapters = config.use_llama_lora
+    if options.use_llama_lora and not (checkpoint and adapters == options.use_llama_lora):
+        model.add_llama_lora(options.use_llama_lora)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("nothing is left to train: leave --freeze_model out, or unfreeze or add a part")
+    return model
+
+
+def freeze(model: DiaNAModel, options: TrainOptions) -> None:
+    """Apply the freezing flags; frozen parts stay in train mode, as released (drop path goes on)."""
+    if options.freeze_model:
+        model.requires_grad_(False)
+    if options.freeze_vision_model:
+        model.vision_model.requires_grad_(False)
+    if options.freeze_llama:
+        model.llama.requires_grad_(False)
+    if options.unfreeze_llama_projection:
+        model.text_projection.requires_grad_(True)
+
+
+def use_checkpointing(choice: str, device: torch.device) -> bool:
+    """Whether activations are recomputed; `auto`: on GPUs of less than 80 GB."""
+    if choice != "auto":
+        return choice == "on"
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < _BIG_GPU_BYTES
+
+
+def size_sentences(model: DiaNAModel) -> list[str]:
+    """The four lines about the number of parameters."""
+
+    def count(parameters: Iterable[nn.Parameter]) -> str:
+        return human(sum(parameter.numel() for parameter in parameters))
+
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return [
+        f"number of total params: {count(model.parameters())}",
+        f"number of params with requires_grad: {count(trained)}",
+        f"number of visual params: {count(model.vision_model.parameters())}",
+        f"number of text params: {count(model.llama.parameters())}",
+    ]
+
+
+def human(number: int) -> str:
+    """`1.34 B`, `86.89 M`, `12.30 K`; below 1000 the number itself."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

@@ -1,1 +1,0 @@
-"""Training: flags of old and new transformers, the run from start to end, checkpoints, launchers."""
