@@ -254,8 +254,15 @@ def check_training_flags(options: Options) -> None:
         raise InputError(f"--resume_ckpt_file {options.resume_ckpt_file} has no effect without --resume: add --resume")
 
 
-# The commands that start from a trained model. Their flags that override what the model was trained with have no default.
-OVERRIDES = ("device", "precision", "dataset_name", "root_dir", "test_batch_size", "num_workers")
+# The commands that start from a trained model: these of its flags can be given again, and have no default there.
+OVERRIDES = {
+    "device": "where to compute",
+    "precision": "of the weights",
+    "dataset_name": "data set to test on",
+    "root_dir": "folder that holds the data set's folder",
+    "test_batch_size": "images or captions encoded at once",
+    "num_workers": "processes that load the data",
+}
 
 
 def test_parser() -> argparse.ArgumentParser:
@@ -320,15 +327,5 @@ def _parser_of_a_run(name: str | None, description: str, *overrides: str) -> arg
     parser.add_argument("--checkpoint", help="weights to use (default: best.pth of the run directory)")
     _add(parser, "trust_checkpoint")
     for override in ("device", "precision", *overrides):
-        _add(parser, override, help=f"{_OVERRIDE_HELP[override]} (default: as trained)")
+        _add(parser, override, help=f"{OVERRIDES[override]} (default: as trained)")
     return parser
-
-
-_OVERRIDE_HELP = {
-    "device": "where to compute",
-    "precision": "of the weights",
-    "dataset_name": "data set to test on",
-    "root_dir": "folder that holds the data set's folder",
-    "test_batch_size": "images or captions encoded at once",
-    "num_workers": "processes that load the data",
-}

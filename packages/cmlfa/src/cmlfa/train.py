@@ -184,8 +184,8 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
 def _batches_left(loader: DataLoader, epoch: int, state: State, run: Run) -> Iterator[dict[str, Tensor]]:
     """The batches of an epoch that are not trained yet.
 
-    Those of an interrupted epoch are drawn again, in the same order and with the same worker seeds, and passed over; then
-    the random numbers continue where they were.
+    The others of an interrupted epoch are drawn again, in the same order and with the same worker seeds, and passed over;
+    then the random numbers continue where they were.
     """
     if isinstance(loader.sampler, (DistributedSampler, DistributedIdentitySampler)):
         loader.sampler.set_epoch(epoch)
@@ -196,11 +196,16 @@ def _batches_left(loader: DataLoader, epoch: int, state: State, run: Run) -> Ite
     else:
         state.epoch_rng = all_rng_states(run.ranks)
     with progress_bar(len(loader), unit="batch", desc=f"epoch {epoch}", enabled=run.is_main) as bar:
-        for number, batch in enumerate(loader, start=1):
-            if number > trained:
-                yield batch
-            elif number == trained:
+        batches = iter(loader)
+        try:
+            for _ in range(trained):
+                next(batches, None)
+                bar.update()
+        finally:  # a signal may end the loader's processes here too
+            if trained:
                 set_rng_state(now)
+        for batch in batches:
+            yield batch
             bar.update()
 
 
