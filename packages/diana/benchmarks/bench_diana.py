@@ -1,24 +1,23 @@
-"""`python packages/diana/benchmarks/bench_diana.py`: attribute similarity, a training step, and a sweep over dialogue lengths, each against the
-direct form.
+"""Attribute similarity, a training step, and a sweep over dialogue lengths, each against the direct form.
 
 The direct form broadcasts the attributes of all pairs (`N x M x K x C`), pads every dialogue to the limit, hands Llama a
-mask that causal attention makes superfluous, and encodes a dialogue anew for every number of rounds. Both forms run in
+mask that causal attention makes superfluous, and encodes a dialogue again for every number of rounds. Both forms run in
 one process, taking turns, on the same weights and data, and the fastest of the repeats counts; their results are compared
 first, because a saving that changes them is none. Times on the CPU are CPU times, which other programs on the machine
 hardly disturb; on a GPU they are wall times.
 
-    python packages/diana/benchmarks/bench_diana.py                                   # toy sizes, any machine
-    python packages/diana/benchmarks/bench_diana.py --full-size --device cuda         # Llama-3.2-1B and SwinV2-B with random weights, bfloat16
+    python packages/diana/benchmarks/bench_diana.py                               # toy sizes, any machine
+    python packages/diana/benchmarks/bench_diana.py --full-size --device cuda     # Llama-3.2-1B and SwinV2-B, bfloat16
 """
 
 import argparse
 import platform
 import random
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tbps_common.bench.timer import Cost, difference, measure
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_common.run.command import command
 
@@ -147,8 +146,8 @@ def similarity(args: argparse.Namespace, device: "torch.device") -> list[dict[st
         def direct(sim_type: str = sim_type) -> None:
             broadcast_similarity(a, b, sim_type)
 
-        timed = fastest({"direct": direct, "ours": ours}, args.repeats, device)
-        rows.append({"what": f"attribute similarity {sim_type}, ms", **timed})
+        costs = measure({"direct": direct, "ours": ours}, repeats=args.repeats, device=device)
+        rows.append({"what": f"attribute similarity {sim_type}, ms", **milliseconds(costs)})
     return rows
 
 
@@ -204,15 +203,17 @@ def training_step(
         return run
 
     forms = {"direct": step(lambda: direct_forward(model, padded)), "ours": step(lambda: model(**cut).loss)}
-    timed = fastest(forms, args.repeats, model.device)
-    peaks = {name: peak_memory(run, model.device) for name, run in forms.items()}
+    costs = measure(forms, repeats=args.repeats, device=model.device)
+    peaks = {name: cost.peak_mib for name, cost in costs.items()}
     model.zero_grad(set_to_none=True)
     rows = [
-        {"what": f"training step ({attention}), ms", **timed},
+        {"what": f"training step ({attention}), ms", **milliseconds(costs)},
         {"what": f"loss of the step ({attention})", **losses},
         {"what": "tokens of the batch", "direct": batch["input_ids"].numel(), "ours": cut["input_ids"].numel()},
     ]
-    return rows + ([{"what": f"peak memory of the step ({attention}), MiB", **peaks}] if all(peaks.values()) else [])
+    if model.device.type == "cuda":
+        rows.append({"what": f"peak memory of the step ({attention}), MiB", **peaks})
+    return rows
 
 
 def sweep(
@@ -245,8 +246,8 @@ def sweep(
         for found, expected in zip(one, other):
             assert found is not None
             check_equal(found, expected, tolerance, "the features of the sweep")
-    timed = fastest({"direct": direct, "ours": ours}, args.repeats, model.device)
-    return [{"what": f"dialogues after 1 to {TURNS} rounds ({attention}), ms", **timed}]
+    costs = measure({"direct": direct, "ours": ours}, repeats=args.repeats, device=model.device)
+    return [{"what": f"dialogues after 1 to {TURNS} rounds ({attention}), ms", **milliseconds(costs)}]
 
 
 class _Ids:
@@ -335,47 +336,20 @@ def broadcast_similarity(a: "Tensor", b: "Tensor", sim_type: str = "avg") -> "Te
     return cosines.logsumexp(-1) if sim_type == "lsp_max" else -(-cosines).logsumexp(-1)
 
 
+def milliseconds(costs: Mapping[str, Cost]) -> dict[str, float]:
+    """Columns of a row."""
+    return {name: cost.milliseconds for name, cost in costs.items()}
+
+
 def check_equal(found: "Tensor", expected: "Tensor", tolerance: float, what: str) -> None:
     """Stop the benchmark if the two forms disagree.
 
     Raises:
         RuntimeError: they differ by more than the tolerance.
     """
-    difference = (found.float() - expected.float()).abs().max().item()
-    if not difference <= tolerance:
-        raise RuntimeError(f"The two forms of {what} differ by {difference:.3g}, more than {tolerance:.3g}.")
-
-
-def peak_memory(run: Callable[[], Any], device: "torch.device") -> float:
-    """MiB that a run needs at its peak beyond what is there before; 0 on the CPU."""
-    import torch
-
-    if device.type != "cuda":
-        return 0.0
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def fastest(forms: dict[str, Callable[[], Any]], repeats: int, device: "torch.device") -> dict[str, float]:
-    """Milliseconds of the fastest of `repeats` runs of each form, after one run to warm up, taking turns."""
-    import torch
-
-    on_gpu = device.type == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-    best = dict.fromkeys(forms, float("inf"))
-    for turn in range(repeats + 1):
-        for name, run in forms.items():
-            start = clock()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if turn:
-                best[name] = min(best[name], 1000 * (clock() - start))
-    return best
+    apart = difference(found, expected)
+    if not apart <= tolerance:
+        raise RuntimeError(f"The two forms of {what} differ by {apart:.3g}, more than {tolerance:.3g}.")
 
 
 if __name__ == "__main__":

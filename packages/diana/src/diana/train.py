@@ -262,8 +262,6 @@ class DianaTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
-            in_order=args.dataloader_in_order,
             # A generator of its own: starting an epoch draws nothing from the one that drop path uses.
             generator=torch.Generator().manual_seed(seed),
         )

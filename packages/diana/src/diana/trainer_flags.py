@@ -44,6 +44,8 @@ CANNOT_ACT = {
     "liger_kernel_config": "its kernels are for language models alone",
     "use_cache": "training keeps no cache",
     "accelerator_config": _OWN_BATCHES,
+    "dataloader_in_order": _OWN_BATCHES,
+    "dataloader_multiprocessing_context": _OWN_BATCHES,
     "auto_find_batch_size": f"{_OWN_BATCHES}; give a smaller --per_device_train_batch_size",
     "train_sampling_strategy": f"{_OWN_BATCHES}; --length_grouping True joins texts of similar length",
     "length_column_name": f"{_OWN_BATCHES}; --length_grouping True joins texts of similar length",
@@ -162,6 +164,8 @@ def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments
     if cpu:
         words = [*take_flag(words, "use_cpu")[0], "--use_cpu", "True"]
     parser = HfArgumentParser(TrainingArguments, prog="train.py", allow_abbrev=False)  # type: ignore[arg-type]
+    # Before the others: TrainingArguments leaves settings of DeepSpeed and of the precision in the environment.
+    defaults = TrainingArguments(output_dir="unused", use_cpu=cpu)
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             words, look_for_args_file=False, return_remaining_strings=True
@@ -170,7 +174,6 @@ def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments
         raise unusable_flag(error) from error
     if unknown:
         raise InputError(f"unknown flags: {' '.join(unknown)} (train.py --help lists the known ones)")
-    defaults = TrainingArguments(output_dir="unused", use_cpu=cpu)
     for name, why in CANNOT_ACT.items():
         if getattr(arguments, name, None) != getattr(defaults, name, None):
             raise InputError(f"--{name} cannot act here ({why}): leave it out")

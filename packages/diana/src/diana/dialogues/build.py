@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
+from tbps_common.datasets import iter_records
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.pipeline.chat import Conversation, in_conversations
-from tbps_common.pipeline.client import ChatClient
+from tbps_common.pipeline.client import ChatClient, request_fields
 from tbps_common.pipeline.journal import Record, read_json_lines
 from tbps_common.pipeline.stages import run_stage
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
         deadline=flags.deadline,
         max_retries=flags.attempts - 1,
         sampling={"temperature": flags.temperature, "seed": flags.seed, **SAMPLING},
+        fields=flags.request_fields,
         key_optional=True,
     )
     by_path = {image.file_path: image for image in images}
@@ -118,8 +120,6 @@ def read_captions(path: str, split: str) -> list[CaptionedImage]:
         DatasetError: the file or a record cannot be used.
         InputError: the split is empty, or a file path occurs twice.
     """
-    from tbps_common.datasets import iter_records
-
     images: dict[str, CaptionedImage] = {}
     for entry in iter_records(path):
         if split != "all" and (entry.optional_text("split") or split) != split:
@@ -182,6 +182,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--temperature", type=number(0), default=0.0, help="0: the most probable words")
     add("--seed", type=whole_number(0), default=0, help="of the opening questions, and of servers that have one")
+    add(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+    )
     add("--concurrency", type=whole_number(1), default=8, help="images worked on at a time")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds one request may take")
     add("--deadline", type=number(0, above=True), default=300.0, help="seconds one image may take in all")
