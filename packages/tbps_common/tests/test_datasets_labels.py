@@ -256,7 +256,7 @@ def test_an_image_root_with_or_without_a_slash_is_the_same(tmp_path: Path) -> No
 
 def test_empty_captions_are_counted_per_file(tmp_path: Path, caplog) -> None:
     pairs = [{"image": "a.png", "caption": caption, "image_id": 0} for caption in ("", "text", "  ")]
-    files = [write(tmp_path / "a.json", pairs), write(tmp_path / "b.json", pairs[1:2])]
+    files = [write(tmp_path / "a.json", pairs), write(tmp_path / "b.json", [{**pairs[1], "image_id": 1}])]
     load_processed_train(files, tmp_path)
     load_mals(files, tmp_path)
     assert [entry.getMessage() for entry in caplog.records] == [f"{files[0]}: 2 empty captions"] * 2

@@ -181,14 +181,15 @@ class Training:
             waited += time.perf_counter() - mark
             self._step({name: value.to(run.device, non_blocking=True) for name, value in batch.items()}, finite)
             position.batch += 1
-            position.trained = position.batch == count
-            if (position.batch - 1) % self.args.log_every == 0 or position.trained:
+            last = position.batch == count
+            if (position.batch - 1) % self.args.log_every == 0 or last:
                 self._log_step(count, (time.perf_counter() - began) / (position.batch - first), waited, first)
             if run.stop_requested():
                 break
-            if self.args.save_every and position.batch % self.args.save_every == 0 and not position.trained:
+            if self.args.save_every and position.batch % self.args.save_every == 0 and not last:
                 self._save()
             mark = time.perf_counter()
+        position.trained = position.batch == count
         if self.replaced is not None and (sentence := self.replaced.report(self.dataset.image_path)):
             logger.warning("%s", sentence)
         seconds = int(time.perf_counter() - began)
