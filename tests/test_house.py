@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-# Facts that do not hold yet. A package's entry goes when the package is rebuilt (the marks are strict: it has to).
-NOT_YET: dict[str, set[str]] = {}
-
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = "tbps_common"
 WORLD = "tbps_world"
@@ -23,14 +20,6 @@ TRAINING_SIDE = {"train", "training", "solver", "datasets", "data", "checkpoint"
 TRAINING_SIDE |= {"evaluate", "search", "convert", "toy", "bench"}
 # Rooms of a paper's own, which train small things beside the paper's network (a LoRA, an encoder).
 OWN_ROOMS = {"fafa": {"syncpr"}, "mra": {"dad"}}
-
-
-def each_package(fact: str, names: list[str]) -> pytest.MarkDecorator:
-    """Run the test once per package; where the fact does not hold yet, it must fail."""
-    wait = pytest.mark.xfail(strict=True, raises=AssertionError, reason="not rebuilt yet")
-    return pytest.mark.parametrize(
-        "package", [pytest.param(name, marks=[wait] if fact in NOT_YET.get(name, ()) else []) for name in names]
-    )
 
 
 # The import graph.
@@ -143,7 +132,7 @@ def test_every_member_is_a_typed_package() -> None:
         assert (source / "__init__.py").is_file() and (source / "py.typed").is_file(), f"{name} is not a typed package"
 
 
-@each_package("directions", list(SOURCES))
+@pytest.mark.parametrize("package", SOURCES)
 def test_papers_import_the_shared_room_and_never_each_other(package: str) -> None:
     folder = ROOT / "packages" / package
     files = [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] not in ("tests", ".venv")]
@@ -157,14 +146,14 @@ def test_papers_import_the_shared_room_and_never_each_other(package: str) -> Non
         assert not crossing, f"{path.relative_to(ROOT)} imports {crossing}"
 
 
-@each_package("nothing of the world", list(SOURCES))
+@pytest.mark.parametrize("package", SOURCES)
 def test_the_world_toys_and_practice_servers_are_no_part_of_a_package(package: str) -> None:
     graph = import_graph(SOURCES[package])
     found = [module for module in graph if re.search(r"\.(toy\w*|practice\w*|synth)\b", module)]
     assert not found, f"tests/world is the place of {found}"
 
 
-@each_package("model side", PAPERS)
+@pytest.mark.parametrize("package", PAPERS)
 def test_the_model_side_never_reaches_the_training_side(package: str) -> None:
     graph = import_graph(SOURCES[package])
     side = {module for module in graph if MODEL_SIDE & set(module.split(".")[1:2])}
@@ -175,7 +164,7 @@ def test_the_model_side_never_reaches_the_training_side(package: str) -> None:
         )
 
 
-@each_package("no circles", list(SOURCES))
+@pytest.mark.parametrize("package", SOURCES)
 def test_no_modules_import_each_other(package: str) -> None:
     found = circles(import_graph(SOURCES[package]))
     assert not found, "\n".join(" <-> ".join(group) for group in found)
@@ -195,7 +184,7 @@ def passes_on(tree: ast.Module) -> bool:
     return bool(content) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in content)
 
 
-@each_package("pass-through", list(SOURCES))
+@pytest.mark.parametrize("package", SOURCES)
 def test_no_file_only_passes_things_on(package: str) -> None:
     files = [path for path in SOURCES[package].rglob("*.py") if path.name != "__init__.py"]
     found = [path for path in files if passes_on(ast.parse(path.read_text(encoding="utf-8")))]
@@ -230,7 +219,7 @@ def has_training_loop(tree: ast.Module) -> bool:
     return by_trainer or any(map(is_training_call, inside)) or bool(steps & called)
 
 
-@each_package("one training loop", PAPERS)
+@pytest.mark.parametrize("package", PAPERS)
 def test_a_papers_training_loop_is_in_its_train_py_and_nowhere_else(package: str) -> None:
     source = SOURCES[package]
     files = [

@@ -1,42 +1,40 @@
-"""Lines of progress where there is no terminal."""
+"""A bar on a terminal; elsewhere a line a minute, and nothing for short work."""
+
+import sys
 
 import pytest
+import tqdm
 
-from tbps_common.run.progress import Progress, duration
+from tbps_common.run.progress import progress_bar
 
 
-def test_lines_come_now_and_then_with_the_time_left() -> None:
+def test_short_work_says_nothing_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(10, unit="picture") as bar:
+        bar.update(10)
+    assert capsys.readouterr().err == ""
+
+
+def test_long_work_says_a_line_a_minute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    said: list[str] = []
-    with Progress(100, initial=20, unit="picture", every=60, say=said.append, clock=lambda: now[0]) as progress:
-        for seconds in (10, 59, 60, 61, 119, 130):
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
+    with progress_bar(100, initial=20, unit="picture", desc="filter") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: now[0])
+        bar.start_t = bar.last_print_t = 0.0
+        for seconds in (10, 59, 61, 70, 130):
             now[0] = seconds
-            progress.update(5, dropped=seconds // 60)
-    assert said == [
-        "35 of 100 pictures, 0.25 per second, 4 min left, dropped 1",
-        "50 of 100 pictures, 0.23 per second, 4 min left, dropped 2",
+            bar.set_postfix(dropped=seconds // 60, refresh=False)
+            bar.update(5)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" [")[0] for line in lines] == [
+        "filter:  35% 35/100",
+        "filter:  45% 45/100",
+        "filter:  45% 45/100",  # at the end
     ]
+    assert "01:01<" in lines[0] and "dropped=1" in lines[0] and "picture/s" in lines[0]
 
 
-def test_nothing_is_said_by_other_processes_or_of_short_work() -> None:
-    said: list[str] = []
-    now = [0.0]
-    with Progress(10, enabled=False, say=said.append, clock=lambda: now[0]) as progress:
-        now[0] = 1000
-        progress.update(10)
-    with Progress(10, say=said.append) as progress:
-        progress.update(10)
-    assert said == []
-
-
-def test_work_that_has_not_begun_has_no_rate() -> None:
-    assert Progress(10, initial=4).sentence(5) == "4 of 10 items, 0.00 per second, an unknown time left"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (3540, "59 min"), (3599, "1 h 0 min"), (11100, "3 h 5 min")]
-    + [(48 * 3600 - 1, "2 d 0 h"), (187200, "2 d 4 h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_other_processes_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(10, enabled=False) as bar:
+        bar.update(10)
+    assert capsys.readouterr().err == ""

@@ -28,7 +28,7 @@ from tbps_common.files import write_json, write_text
 from tbps_common.images import check_images_exist
 from tbps_common.pipeline.stages import Shard
 from tbps_common.run.device import choose_device
-from tbps_common.run.progress import Progress
+from tbps_common.run.progress import progress_bar
 from tbps_common.run.stop import Interruption
 
 META_NAME, REPORT_NAME, SETTINGS_NAME = "meta.jsonl", "segments_report.json", "segment_settings.json"
@@ -79,7 +79,7 @@ def _segment(
 ) -> int | None:
     """Make the missing samples; returns an exit status if a signal asked to stop."""
     by_image = [list(group) for _, group in itertools.groupby(missing, key=lambda sample: sample.path)]
-    with Interruption() as interruption, Progress(len(missing), unit="caption") as progress:
+    with Interruption() as interruption, progress_bar(len(missing), unit="caption") as bar:
         for start in range(0, len(by_image), args.batch_size):
             if interruption.requested:
                 return interruption.exit_status
@@ -91,7 +91,7 @@ def _segment(
                 for sample in group:
                     phrases = find_phrases(sample.caption, lexicon)
                     write_sample(sample, root, image, mask, segments_of(mask, args.types, sample.caption, phrases))
-                    progress.update()
+                    bar.update()
     return None
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def main(flags: argparse.Namespace) -> int:
     """Check the flags and the pictures, then train; returns the exit status.
 
     Raises:
-        InputError: flags, pictures or the model cannot be used, or a loss is not finite.
+        InputError: flags, pictures or the model cannot be used.
+        FloatingPointError: a loss is not a finite number.
     """
     if flags.height % 16 or flags.width % 16:
         raise InputError(f"--height {flags.height} and --width {flags.width} must be multiples of 16")
@@ -106,7 +108,7 @@ def train(flags: argparse.Namespace, items: Sequence[tuple[str, str]], run: Run)
         save()  # the manifest was begun anew
         logger.info("all %d steps are done already: %s", flags.steps, out / WEIGHTS)
         return 0
-    finite, losses, since = FiniteLoss(device), torch.zeros((), device=device), step
+    finite, losses, since = FiniteLoss(device, partial(_not_finite, out)), torch.zeros((), device=device), step
     cast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     with (
         _open_log(out / "log.jsonl", step) if run.is_main else nullcontext() as log,
@@ -133,7 +135,7 @@ def train(flags: argparse.Namespace, items: Sequence[tuple[str, str]], run: Run)
             stopping = run.stop_requested()
             last = step == flags.steps or stopping
             if last or step % flags.log_every == 0 or step % flags.save_every == 0:
-                _require_finite(finite, out)
+                finite.require()
             if last or step % flags.log_every == 0:
                 mean = float(losses) / (step - since)
                 losses.zero_()
@@ -179,13 +181,11 @@ def _average_gradients(parameters: dict[str, nn.Parameter], run: Run) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def _require_finite(finite: FiniteLoss, out: Path) -> None:
-    bad = finite.first_bad_iteration()
-    if bad:
-        raise InputError(
-            f"the loss of step {bad} is not finite: lower --learning-rate, or use --dtype bfloat16 or float32; the last "
-            f"good state is in {out}"
-        )
+def _not_finite(out: Path, step: int) -> str:
+    return (
+        f"the loss of step {step} is not a finite number: lower --learning-rate, or use --dtype bfloat16 or float32; the last "
+        f"good state is in {out}"
+    )
 
 
 def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:

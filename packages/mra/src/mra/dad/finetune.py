@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
     """Check flags and pairs, then train; returns the exit status.
 
     Raises:
-        InputError: flags, pairs, the model or the state of an earlier run cannot be used, or a loss is not finite.
+        InputError: flags, pairs, the model or the state of an earlier run cannot be used.
+        FloatingPointError: a loss is not a finite number.
     """
     extra = ("diffusers", "accelerate", *(("peft",) if args.method == "lora" else ()))
     require_libraries("mra-dad finetune", EXTRA, *extra)
@@ -172,7 +174,8 @@ def train(args: argparse.Namespace, data: ProcessedTrain, run: Run) -> int:
         save_state(out / STATE_NAME, ranks, parts, **plain)
         barrier()
 
-    finite, losses, started = FiniteLoss(device), torch.zeros((), device=device), time.perf_counter()
+    finite = FiniteLoss(device, partial(_not_finite, args))
+    losses, started = torch.zeros((), device=device), time.perf_counter()
     stopping = False
     with progress_bar(total, initial=position.steps, unit="step", enabled=run.is_main) as bar:
         for epoch in range(position.epoch, args.epochs):
@@ -198,7 +201,7 @@ def train(args: argparse.Namespace, data: ProcessedTrain, run: Run) -> int:
                 logging_is_due = position.steps % args.log_every == 0 or position.steps == total
                 saving_is_due = position.steps % args.save_every == 0 or position.batch == 0
                 if logging_is_due or saving_is_due or stopping:
-                    _require_finite(finite, args)
+                    finite.require()
                     position.loss_sum += _mean_over_processes(losses, run)
                     losses.zero_()
                     position.seconds += time.perf_counter() - started
@@ -315,13 +318,11 @@ def _mean_over_processes(losses: Tensor, run: Run) -> float:
     return float(losses)
 
 
-def _require_finite(finite: FiniteLoss, args: argparse.Namespace) -> None:
-    bad = finite.first_bad_iteration()
-    if bad:
-        raise InputError(
-            f"the loss of step {bad} is not a finite number (learning rate {args.lr:g}): lower --lr, or use "
-            f"--precision fp32; {Path(args.out) / STATE_NAME} is the last good state, if there is one"
-        )
+def _not_finite(args: argparse.Namespace, step: int) -> str:
+    return (
+        f"the loss of step {step} is not a finite number (learning rate {args.lr:g}): lower --lr, or use --precision fp32; "
+        f"{Path(args.out) / STATE_NAME} is the last good state, if there is one"
+    )
 
 
 def _log(path: Path, position: Position, epoch: int, rate: float, run: Run) -> None:

@@ -103,7 +103,7 @@ class FiniteLoss:
         sentence: step -> message of the error.
     """
 
-    def __init__(self, device: "torch.device", sentence: Callable[[int], str] | None = None):
+    def __init__(self, device: "torch.device", sentence: Callable[[int], str]):
         import torch
 
         self._first = torch.zeros((), dtype=torch.int64, device=device)
@@ -117,12 +117,8 @@ class FiniteLoss:
         """
         bad = loss.isfinite().logical_not() & (self._first == 0)
         self._first = self._first.masked_fill(bad, step)
-        if self._sentence is not None and self._first.device.type == "cpu":
+        if self._first.device.type == "cpu":
             self.require()
-
-    def first_bad_iteration(self) -> int:
-        """The step, or 0 while all losses are finite; waits for the device."""
-        return int(self._first)
 
     def require(self) -> None:
         """Look, before a log line or a save, whether all losses so far were finite; waits for the device.
@@ -131,5 +127,5 @@ class FiniteLoss:
             FloatingPointError: one was not.
         """
         step = int(self._first)
-        if step and self._sentence is not None:
+        if step:
             raise FloatingPointError(self._sentence(step))
