@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diana.data.text import PROMPT_POOL
 from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
+from tbps_common.datasets import iter_records
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.pipeline.chat import Conversation, in_conversations
@@ -26,7 +28,8 @@ only the dialogue, the other answers and sees only the captions. Any OpenAI-comp
 
 Every finished image is put on the disk at once (OUT.journal), so that the command can be killed and started again. Images
 that failed are listed with the reason in OUT.failures.json, the exit status is then 1, and the next call tries them
-again. A dialogue whose captions have changed since is made anew. A key, where the server wants one, is read from the environment variable OPENAI_API_KEY and nowhere else.
+again. A dialogue whose captions have changed since is written again. A key, where the server wants one, is read from the
+environment variable OPENAI_API_KEY and nowhere else.
 """
 
 
@@ -101,8 +104,6 @@ def main(argv: list[str]) -> int:
 
 async def dialogue(conversation: Conversation, image: CaptionedImage, rounds: int, seed: int) -> list[Round]:
     """One dialogue: an opening request of the prompt pool, then one attribute a round."""
-    from diana.data import PROMPT_POOL
-
     opening = random.Random(f"{seed}:{image.file_path}").choice(PROMPT_POOL)
     turns = [_round(opening, await conversation.ask(*open_dialogue(image.captions, opening)))]
     while len(turns) < rounds:
@@ -118,8 +119,6 @@ def read_captions(path: str, split: str) -> list[CaptionedImage]:
         DatasetError: the file or a record cannot be used.
         InputError: the split is empty, or a file path occurs twice.
     """
-    from tbps_common.datasets import iter_records
-
     images: dict[str, CaptionedImage] = {}
     for entry in iter_records(path):
         if split != "all" and (entry.optional_text("split") or split) != split:

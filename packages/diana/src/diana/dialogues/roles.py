@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tbps_common.pipeline import Rejected
+
 Round = list[dict[str, str]]
 Message = dict[str, Any]
 
@@ -82,13 +84,11 @@ def one_line(text: str, longest: int) -> str:
 
 def _misfit(reason: str) -> Exception:
     """A model that takes the most probable words answers the same again, unless it is told what was wrong."""
-    from tbps_common.pipeline import Rejected
-
     return Rejected(reason, remark=f"That did not fit: {reason}. Try again.")
 
 
 def _as_seen_by_asker(rounds: Sequence[Round]) -> list[Message]:
-    """The asker's own questions are the assistant's messages; it is told to go on after the last answer."""
+    """The asker's own questions are the assistant's messages; it is asked to go on after the last answer."""
     roles = {"gpt": "assistant", "user": "user"}
     return [{"role": roles[message["from"]], "content": message["value"]} for turn in rounds for message in turn]
 
