@@ -147,6 +147,8 @@ def test_file_that_is_no_configuration_is_named(content: str, told: str, tmp_pat
         ("test_file", None),
         ("train_file", "data/finetune/cuhk_train.json"),
         ("train_file", []),
+        ("train_file", [{"image_root": "images"}]),
+        ("train_file", [{"file": "a.json", "own_ids": "yes"}]),
         ("patch_size", 0),
         ("patch_size", 16),
         ("h", 383),
@@ -177,6 +179,12 @@ def test_value_that_cannot_work_is_named(key: str, value: Any) -> None:
     (config[groups[0]] if groups else config)[last] = value
     with pytest.raises(InputError, match=str(value) if key == "vision_config" else last):
         check_config(config, "own.yaml", training=True)
+
+
+def test_training_file_may_have_images_and_people_of_its_own() -> None:
+    config = load_config(PACKAGE / "configs" / "cuhk.yaml")
+    config["train_file"] += [{"file": "own.json", "image_root": "images/own", "own_ids": True}]
+    check_config(config, "own.yaml", training=True)
 
 
 def test_flags_override_the_file() -> None:

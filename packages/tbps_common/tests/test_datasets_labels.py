@@ -50,6 +50,27 @@ def test_processed_training_labels_follow_first_appearance_over_all_files(tmp_pa
         data.n_labels = 3  # type: ignore[misc]
 
 
+def test_processed_training_files_of_several_data_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Equal ids of two files are one person, with a warning, unless a file says that its people are its own."""
+
+    def pair(name: str, identity: int) -> dict:
+        return {"image": name, "caption": "a man", "image_id": identity}
+
+    first = write(tmp_path / "a.json", [pair("1.png", 7), pair("2.png", 8)])
+    second = write(tmp_path / "b.json", [pair("1.png", 8), pair("3.png", 9), pair("4.png", 8)])
+    with caplog.at_level("WARNING"):
+        assert load_processed_train([first, second], tmp_path).labels == [0, 1, 1, 2, 1]
+    (line,) = caplog.messages
+    assert line.startswith(f"1 image_id(s) of {second} stand in {first} too") and "own_ids: True" in line
+    caplog.clear()
+    marked = {"file": str(second), "image_root": str(tmp_path / "other"), "own_ids": True}
+    with caplog.at_level("WARNING"):
+        data = load_processed_train([first, marked, marked], tmp_path)
+    assert data.labels == [0, 1, 2, 3, 2, 4, 5, 4] and data.n_labels == 6
+    assert data.image_paths[1:3] == [f"{tmp_path}/2.png", f"{tmp_path}/other/1.png"]
+    assert not caplog.messages
+
+
 def test_processed_evaluation_is_flat_and_raw(tmp_path: Path) -> None:
     records = [
         {"image": "a.png", "caption": ["one", "two"], "image_id": 11004},

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from tbps_common.errors import InputError
-from tbps_common.pipeline import ChatClient, Conversation, Outcome, Rejected, ask_once, in_conversations, run_stage
+from tbps_common.pipeline import (
+    ChatClient,
+    Conversation,
+    Outcome,
+    Rejected,
+    RequestFailed,
+    ServerRefusal,
+    ask_once,
+    in_conversations,
+    run_stage,
+)
 from tbps_world.practice.faults import FaultyServer
 from tbps_world.practice.server import ChatHandler, PracticeServer
 
@@ -306,7 +316,7 @@ def test_a_missing_or_broken_key_is_said_without_showing_it(
 
 @pytest.mark.parametrize("address", ["localhost:8000", "ftp://x/v1", "http://", "http://x:99999/v1", "http://[::1"])
 def test_an_address_that_is_none_is_refused_at_once(address: str) -> None:
-    with pytest.raises(InputError, match="no address of a server"):
+    with pytest.raises(InputError, match="not the address of a server"):
         ChatClient("tiny", base_url=address)
 
 
@@ -387,6 +397,154 @@ def test_a_server_of_ones_own_may_do_without_a_key(steady: FaultyServer, monkeyp
     assert ask_once(client(steady.url, key_optional=True), [{"role": "user", "content": "?"}], str) == "answer to ?"
     with pytest.raises(InputError, match="OPENAI_API_KEY"):
         ChatClient("tiny", key_optional=True)
+
+
+class _Scripted(ChatHandler):
+    """Sends what the test's function makes of the request: status, body, and perhaps the type of the content."""
+
+    script: Any = None
+
+    def respond(self, request: dict[str, Any], messages: Any) -> None:
+        status, body, *kind = type(self).script(request)
+        content = body if isinstance(body, str) else json.dumps(body)
+        self.send_bytes(status, content.encode(), {"Content-Type": kind[0]} if kind else None)
+
+
+def scripted(script: Any) -> PracticeServer:
+    return PracticeServer(echo, handler=type("Handler", (_Scripted,), {"script": staticmethod(script)}))
+
+
+def completion(content: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+QUESTION = [{"role": "user", "content": "who?"}]
+
+
+@pytest.mark.parametrize(
+    ("field", "status", "error"),
+    [
+        (
+            "max_tokens",
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+        ),
+        ("temperature", 400, "Unsupported value: 'temperature' does not support 0.5 with this model."),
+        ("seed", 400, "Unrecognized request argument supplied: seed"),
+        ("frequency_penalty", 422, [{"loc": ["body", "frequency_penalty"], "msg": "Extra inputs are not permitted"}]),
+    ],
+)
+def test_a_field_that_the_server_does_not_know_is_left_out_from_then_on(
+    field: str, status: int, error: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def script(request: dict[str, Any]) -> tuple[int, Any]:
+        seen.append(request)
+        if field in request:
+            return status, {"detail": error} if isinstance(error, list) else {"error": {"message": error}}
+        return 200, completion("fine")
+
+    sampling = {"max_tokens": 9, "temperature": 0.5, "seed": 3, "frequency_penalty": 0.1}
+    with scripted(script) as server:
+        asker = client(server.url, sampling=sampling, concurrency=1, max_retries=0)
+        assert ask(3, asker, tmp_path / "out.jsonl").done == 3
+    assert len(seen) == 4 and capsys.readouterr().err.count(f"does not take {field}") == 1
+    assert seen[-1].get("max_completion_tokens") == (9 if field == "max_tokens" else None)
+    assert set(sampling) - set(seen[-1]) == {field}
+
+
+def test_fields_of_the_user_replace_and_remove(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    with scripted(lambda request: (seen.append(request), (200, completion("fine")))[1]) as server:
+        fields = {"max_tokens": None, "max_completion_tokens": 2000, "temperature": 0.2}
+        ask_once(client(server.url, sampling={"max_tokens": 5, "temperature": 1.0}, fields=fields), QUESTION, str)
+    assert {name: seen[0].get(name) for name in fields} == fields and "max_tokens" not in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (400, {"error": {"message": "the prompt is too long"}}, "the prompt is too long"),
+        (422, {"detail": [{"loc": ["body", "messages"], "msg": "field required"}]}, "body.messages: field required"),
+        (403, {"detail": "your plan lacks this model"}, "your plan lacks this model"),
+        (404, {"detail": "Not Found"}, "Not Found"),
+        (200, {"error": {"message": "the prompt is too long", "code": 400}}, "status 400: the prompt is too long"),
+        (200, {"object": "error", "message": "no such model", "code": 404}, "no such model"),
+    ],
+)
+def test_the_servers_own_words_are_shown(status: int, body: Any, words: str) -> None:
+    with scripted(lambda request: (status, body)) as server, pytest.raises((RequestFailed, ServerRefusal), match=words):
+        ask_once(client(server.url, max_retries=0), QUESTION, str)
+
+
+def test_an_error_inside_a_success_is_tried_again_and_ends_the_run_when_it_stays(tmp_path: Path) -> None:
+    sent = 0
+
+    def script(request: dict[str, Any]) -> tuple[int, Any]:
+        nonlocal sent
+        sent += 1
+        return 200, completion("fine") if sent == 2 else {"error": {"message": "slow down", "code": 429}}
+
+    with scripted(script) as server:
+        assert ask(1, client(server.url), tmp_path / "one.jsonl").done == 1 and sent == 2
+        outcome = ask(90, client(server.url, max_retries=0), tmp_path / "many.jsonl", give_up_after=5)
+    assert outcome.exit_status == 2 and outcome.failed < 60 and "slow down" in str(outcome.refusal)
+
+
+def test_a_login_page_ends_the_run_at_once(tmp_path: Path) -> None:
+    page = "<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+    with scripted(lambda request: (200, page, "text/html")) as server:
+        outcome = ask(50, client(server.url, concurrency=1), tmp_path / "out.jsonl")
+    assert outcome.exit_status == 2 and outcome.failed == 0 and "web page" in str(outcome.refusal)
+
+
+def test_parts_of_a_message_are_joined_without_thoughts() -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "a draft"}]},
+        {"type": "text", "text": "A man "},
+        {"type": "reasoning", "text": "hm"},
+        {"type": "text", "text": "in red."},
+    ]
+    with scripted(lambda request: (200, completion(parts))) as server:
+        assert ask_once(client(server.url), QUESTION, str) == "A man in red."
+
+
+def test_reasoning_never_reaches_who_judges_the_answer(tmp_path: Path) -> None:
+    with scripted(lambda request: (200, completion("<think>A draft.</think>\nSure! **A man.**<|im_end|>"))) as server:
+        assert ask(1, client(server.url), tmp_path / "out.jsonl").done == 1
+    assert lines(tmp_path / "out.jsonl") == [{"id": 0, "answer": "A man."}]
+    with scripted(lambda request: (200, completion("<think>A draft, and another"))) as server:
+        outcome = ask(1, client(server.url), tmp_path / "open.jsonl", tries=2)
+    assert outcome.rejected == 1
+    assert "no final part" in lines(tmp_path / "open.jsonl.rejected.jsonl")[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:1080"),
+        ("HTTPS_PROXY", "http://proxy.example:99999"),
+        ("http_proxy", "http://"),
+        ("SSL_CERT_FILE", "/nowhere/certificates.pem"),
+    ],
+)
+def test_a_proxy_or_certificate_that_cannot_work_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServerRefusal, match=f"environment variable {name} "):
+        ask_once(client("http://chat.invalid/v1", max_retries=0), QUESTION, str)
+
+
+def test_a_proxy_is_not_asked_for_a_server_on_this_machine(
+    steady: FaultyServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert ask_once(client(steady.url), QUESTION, str) == "answer to who?"
+    assert "http_proxy is not used" in capsys.readouterr().err
 
 
 def test_no_items_are_a_success_without_a_request(steady: FaultyServer, tmp_path: Path) -> None:

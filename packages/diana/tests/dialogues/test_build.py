@@ -178,6 +178,33 @@ def test_a_torn_last_line_is_dropped_and_other_settings_are_refused(
     assert out.read_bytes() == before and len(server.requests) == asked + 5
 
 
+def test_a_corrected_input_leaves_nothing_stale(server: Any, captions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert build_dialogues_main(flags(server, captions, out)) == 0
+    asked = len(server.requests)
+    records = json.loads(captions.read_text(encoding="utf-8"))
+    records[3]["id"] = 77
+    records[5]["captions"] = ["Person 55 wears a green coat."]
+    captions.write_text(json.dumps(records), encoding="utf-8")
+    assert build_dialogues_main(flags(server, captions, out)) == 0
+    assert len(server.requests) == asked + 5  # only what the other dialogue was made from has changed
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert len(written) == IMAGES and written[3]["id"] == 77
+    assert "Person 55 wears" in written[5]["chats"][0][1]["value"]
+
+
+def test_dialogues_of_earlier_versions_are_kept(server: Any, captions: Path, tmp_path: Path) -> None:
+    """Their journal does not say what they were made from."""
+    out, journal = tmp_path / "out.json", tmp_path / "out.json.journal"
+    assert build_dialogues_main(flags(server, captions, out)) == 0
+    asked, before = len(server.requests), out.read_bytes()
+    records = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    old = [{"id": 1, "file_path": record["file_path"], "chats": record["chats"]} for record in records]
+    journal.write_text("".join(json.dumps(record) + "\n" for record in old), encoding="utf-8")
+    assert build_dialogues_main(flags(server, captions, out)) == 0
+    assert len(server.requests) == asked and out.read_bytes() == before
+
+
 def test_a_refusal_ends_the_run_and_keeps_what_is_finished(
     server: Any, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

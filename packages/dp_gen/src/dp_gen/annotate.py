@@ -11,7 +11,7 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.pipeline.chat import Conversation, Rejected, in_conversations
-from tbps_common.pipeline.client import ChatClient
+from tbps_common.pipeline.client import ChatClient, request_fields
 from tbps_common.pipeline.journal import Journal, Record, read_json_lines
 from tbps_common.pipeline.stages import Dropped, Results, Work, run_stage, say
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
@@ -127,6 +127,7 @@ def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
             name: getattr(args, name)
             for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "max_tokens")
         },
+        fields=args.request_fields,
     )
 
     async def converse(row: Record, conversation: Conversation) -> Record:
@@ -307,6 +308,12 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--timeout", type=number(0, above=True), default=60.0, help="seconds for one request")
     server.add_argument(
         "--row_deadline", type=number(0, above=True), default=600.0, help="seconds for one row, all its requests"
+    )
+    server.add_argument(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"reasoning_effort": "low"}',
     )
     server.add_argument("--dry_run", action="store_true", help="show the prompts and send nothing")
     sampling = parser.add_argument_group("sampling (additions; the released values except --max_tokens, once 4096)")

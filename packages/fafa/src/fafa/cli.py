@@ -1,7 +1,10 @@
 """Console commands of fafa: flags and files are read at once, the heavy libraries are imported when the work begins."""
 
+from importlib import import_module
+
 from fafa.options import check_training_flags, get_args, index_args, inference_args, search_args
 from fafa.run_directory import find_run, read_run
+from fafa.syncpr.options import build_parser as build_syncpr_parser
 from tbps_common.run.command import command
 
 
@@ -68,7 +71,6 @@ def itcpr_main(argv: list[str]) -> int:
 
 @command
 def syncpr_main(argv: list[str]) -> int:
-    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora`: make training data of one's own."""
-    from fafa.syncpr.command import main
-
-    return main(argv)
+    """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | cost`: make training data of one's own."""
+    flags = build_syncpr_parser().parse_args(argv)
+    return import_module(f"fafa.syncpr.{flags.stage}").main(flags)

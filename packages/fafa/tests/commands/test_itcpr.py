@@ -87,7 +87,7 @@ def test_a_cut_off_copy_is_made_again(downloads: Path, tmp_path: Path) -> None:
     ("flags", "said"),
     [
         ([], "nothing to prepare"),
-        (["--last", "nowhere"], "--last nowhere is no folder"),
+        (["--last", "nowhere"], "--last nowhere is not a folder"),
         (["--last", "hub"], "no files in folders named by numbers"),
         (["--celeb-reid", "last"], "no folder gallery or query"),
         (["--prcc", "hub"], "no folder rgb"),

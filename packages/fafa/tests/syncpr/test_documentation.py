@@ -8,8 +8,8 @@ import pytest
 
 from fafa.cli import syncpr_main
 from fafa.options import get_args
-from fafa.syncpr.command import build_parser
 from fafa.syncpr.cost import lines
+from fafa.syncpr.options import build_parser
 
 PACKAGE = Path(__file__).resolve().parents[2]
 PAGE = (PACKAGE / "docs" / "syncpr.md").read_text(encoding="utf-8")

@@ -198,7 +198,7 @@ def test_foreign_lines_are_named(
         journal.write(line + "\n")
     assert syncpr_main(command) == 2
     shown = capsys.readouterr().err
-    assert f"{file}.jsonl" in shown and "mend or delete it" in shown
+    assert f"{file}.jsonl" in shown and "correct or delete it" in shown
 
 
 def test_answers_that_were_damaged_are_named(
@@ -213,9 +213,8 @@ def test_answers_that_were_damaged_are_named(
 
 
 def test_the_practice_server_refuses_pairs_of_equal_halves(pictured: Path) -> None:
-    from fafa.syncpr.answers import read_verdict
     from fafa.syncpr.filter import data_url
-    from fafa.syncpr.prompts import question_messages
+    from fafa.syncpr.prompts import question_messages, read_verdict
     from tbps_world.practice.syncpr import answer
 
     record = read_stage(pictured, "images")[0]
@@ -336,7 +335,7 @@ def test_pack_refuses_missing_pictures_and_foreign_paths(
     assert record["left"] in capsys.readouterr().err and not (out / "SynCPR.json").exists()
     (out / "kept.jsonl").write_text(json.dumps({**record, "left": "../../etc/passwd"}) + "\n", encoding="utf-8")
     assert syncpr_main(["pack", "--out", str(out)]) == 2
-    assert "no path inside the folder" in capsys.readouterr().err
+    assert "not a path inside the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ import torch
 from PIL import Image, ImageChops
 
 from fafa.cli import syncpr_main
+from fafa.syncpr.denoising import denoising_of
 from fafa.syncpr.images import cut_in_two, picture_paths
+from fafa.syncpr.lora import add_lora, save_lora
 from fafa.syncpr.records import load_pairs
-from fafa.syncpr.text_to_image import Sampling, TextToImage, load_pipeline
+from fafa.syncpr.text_to_image import Sampling, TextToImage, load_lora, load_pipeline
+from tbps_common.errors import InputError
 from tbps_common.pipeline.stages import read_stage
 
 SMALL = Sampling(32, 32, 2, 3.5)
@@ -232,6 +235,50 @@ def test_loras_that_cannot_be_used_are_one_line(
     shown = capsys.readouterr().err
     assert f"--lora {path}" in shown and shown.count("\n") == 1
     assert not list(copy_of_pictured.glob("images*"))
+
+
+@pytest.fixture(scope="module")
+def lora(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of random matrices for the tiny Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("lora")
+    method = denoising_of(load_pipeline(str(models / "sd"), None, torch.float32))
+    with torch.no_grad():
+        for parameter in add_lora(method, 2, 0).values():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    save_lora(method, folder)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("names of an adapter", "does not use"),
+        ("a part of another model", "nowhere"),
+        ("not finite", "not finite"),
+        ("zero", "changes nothing"),
+    ],
+)
+def test_a_lora_without_full_effect_is_refused(
+    models: Path, lora: Path, change: str, said: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(lora)
+    load_lora(load_pipeline(str(models / "sd"), None, torch.float32), str(lora), 1.0)  # as it is, it fits
+    first = next(iter(tensors))
+    if change == "names of an adapter":
+        tensors = {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()}
+    elif change == "a part of another model":
+        for end in ("lora_A.weight", "lora_B.weight"):
+            tensors[f"unet.nowhere.to_q.{end}"] = torch.ones(2, 2)
+    elif change == "not finite":
+        tensors[first][0, 0] = float("nan")
+    else:
+        tensors = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=said):
+        load_lora(load_pipeline(str(models / "sd"), None, torch.float32), str(path), 1.0)
 
 
 def test_models_that_cannot_be_used_are_one_line(

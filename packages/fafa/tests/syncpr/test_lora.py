@@ -20,9 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fafa.cli import syncpr_main
-from fafa.syncpr.denoising import denoising_of, packed, picture_ids
+from fafa.syncpr.denoising import FlowMatching, NoisePrediction, denoising_of, packed, picture_ids
 from fafa.syncpr.lora import read_captions
-from fafa.syncpr.lora_training import _Run
 from fafa.syncpr.pairs import side_by_side
 from fafa.syncpr.text_to_image import Sampling, TextToImage, load_lora, load_pipeline
 from tbps_common.errors import DatasetError
@@ -96,20 +95,19 @@ def test_the_file_changes_what_the_pipeline_paints(
 def test_the_loaded_lora_computes_what_was_trained(models: Path, pairs: Path, tmp_path: Path, train: Any) -> None:
     """The denoiser of the training and the one with the loaded file give the same output for the same input."""
     trained: list[Any] = []
-    make = _Run.__init__
 
-    def keep(self: _Run, *given: Any) -> None:
-        make(self, *given)
-        trained.append(self)
+    def keep(pipeline: Any) -> Any:
+        trained.append(denoising_of(pipeline))
+        return trained[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "__init__", keep)
+        patch.setattr("fafa.syncpr.lora.denoising_of", keep)
         assert train(tmp_path / "lora") == 0
     pipeline = load_pipeline(str(models / "sd"), None, torch.float32)
     load_lora(pipeline, str(tmp_path / "lora" / WEIGHTS), 1.0)
     given = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 32)
     with torch.no_grad():
-        ours = trained[0].method.denoiser(given[0], given[1], encoder_hidden_states=given[2]).sample
+        ours = trained[0].denoiser(given[0], given[1], encoder_hidden_states=given[2]).sample
         theirs = pipeline.unet(given[0], given[1], encoder_hidden_states=given[2]).sample
     torch.testing.assert_close(ours, theirs)
 
@@ -134,17 +132,20 @@ def test_a_killed_run_ends_with_the_same_weights(
     train: Callable[..., int], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(tmp_path / "whole", kind=kind) == 0
-    step = _Run._train_step
+    family = {"sd": NoisePrediction, "flux": FlowMatching}[kind]
+    loss, calls = family.loss, 0
 
-    def mortal(self: _Run, batch: dict[str, Any]) -> torch.Tensor:
-        if self.step == 5:
+    def mortal(*given: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return loss(*given)
 
-    monkeypatch.setattr(_Run, "_train_step", mortal)
-    assert train(tmp_path / "parts", kind=kind) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(family, "loss", mortal)
+        assert train(tmp_path / "parts", kind=kind) == 130
     assert not json.loads((tmp_path / "parts" / f"{WEIGHTS}.manifest.json").read_text(encoding="utf-8"))["finished"]
-    monkeypatch.setattr(_Run, "_train_step", step)
     assert train(tmp_path / "parts", kind=kind) == 0
     whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole) and set(whole) == set(parts)
@@ -170,7 +171,7 @@ def test_sigkill_inside_a_save_and_after_it_changes_nothing(
         return path.stat().st_mtime_ns if path.exists() else 0
 
     flags = train_flags(parts, "--save-every", "1")
-    preload = ["fafa.syncpr.lora_training", "diffusers", "transformers", "peft"]
+    preload = ["fafa.syncpr.lora", "diffusers", "transformers", "peft"]
     kill_when_changed(syncpr_main, flags, [temporary, stored, temporary, stored], preload)
     assert syncpr_main(flags) == 0
     one, two = (load_file(folder / WEIGHTS) for folder in (whole, parts))
@@ -198,13 +199,13 @@ def test_finished_runs_are_left_alone_and_can_be_prolonged(
 def test_a_kill_inside_the_last_save_leaves_no_old_file_behind(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fafa.syncpr import lora_training
+    from fafa.syncpr import lora
 
     assert train(tmp_path / "whole") == 0
     saves: list[str] = []
 
     def mortal(name: str) -> Any:
-        save = getattr(lora_training, name)
+        save = getattr(lora, name)
 
         def saving(*given: Any) -> None:
             if len(saves) == 3:  # after one of the two files of the second save
@@ -216,7 +217,7 @@ def test_a_kill_inside_the_last_save_leaves_no_old_file_behind(
 
     with monkeypatch.context() as patch:
         for name in ("save_lora", "save_checkpoint"):
-            patch.setattr(lora_training, name, mortal(name))
+            patch.setattr(lora, name, mortal(name))
         assert train(tmp_path / "parts") == 130
     assert train(tmp_path / "parts") == 0
     whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
@@ -300,7 +301,7 @@ def test_bad_data_is_named(tmp_path: Path, pairs: Path) -> None:
         ("", "holds no pictures"),
         ("{\n", "line 1"),
         ('{"image": 3, "caption": "a"}\n', "line 1"),
-        ('{"image": "../x.png", "caption": "a"}\n', "no path inside"),
+        ('{"image": "../x.png", "caption": "a"}\n', "not a path inside"),
         ('{"image": "x.png", "caption": "a"}\n', "x.png"),
     ):
         path.write_text(content, encoding="utf-8")

@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 
 from fafa.cli import syncpr_main
-from fafa.syncpr.answers import caption_key, read_quadruples, read_verdict
-from fafa.syncpr.prompts import QUADRUPLE_KEYS, QUESTION_KEYS, image_prompt, quadruple_messages
+from fafa.syncpr.prompts import (
+    QUADRUPLE_KEYS,
+    QUESTION_KEYS,
+    caption_key,
+    image_prompt,
+    quadruple_messages,
+    read_quadruples,
+    read_verdict,
+)
 from fafa.syncpr.records import load_quadruples
 from fafa.syncpr.seeds import read_seed_lists
 from tbps_common.errors import DatasetError
@@ -54,7 +61,7 @@ def test_draws_depend_on_seed_and_number_alone() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ('{"person": {"age": ["old"]}}', "'picture' is missing"),
         ('{"person": {"age": []}, "picture": {"upper": ["a", "b"]}, "changes": ["upper"]}', "person.age"),
         ('{"person": {"age": ["a"]}, "picture": {"upper": ["a", "a"]}, "changes": ["upper"]}', "two different values"),
@@ -89,7 +96,7 @@ def test_unusable_quadruples_are_told_apart() -> None:
     ]
     results = read_quadruples(json.dumps([good(0), *bad]), 9)
     assert results[0] == good(0)
-    assert results[1:] == [
+    assert [result["reason"] for result in results[1:]] == [
         "two of the four texts are the same",
         "not an object with the four texts",
         "a text is too short or too long",
@@ -128,7 +135,7 @@ def test_the_practice_server_answers_what_the_stage_accepts() -> None:
     lists = read_seed_lists()
     for first in range(0, 60, 5):
         texts = answer(quadruple_messages([lists.draw(7, first + place) for place in range(5)]))
-        assert not [result for result in read_quadruples(texts, 5) if isinstance(result, str)]
+        assert not [result for result in read_quadruples(texts, 5) if "reason" in result]
 
 
 def test_stage_writes_quadruples_and_says_what_it_cost(
@@ -220,7 +227,7 @@ def test_a_foreign_line_among_the_answers_is_named(
     with open(tmp_path / "requests.jsonl", "a", encoding="utf-8") as journal:
         journal.write(line + "\n")
     assert syncpr_main(flags) == 2
-    assert "requests.jsonl, line 1, is no answer of this command" in capsys.readouterr().err
+    assert "requests.jsonl, line 1, is not an answer of this command" in capsys.readouterr().err
 
 
 def test_a_second_run_asks_on_where_the_first_gave_up(

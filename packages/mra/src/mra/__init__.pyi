@@ -5,7 +5,6 @@ from .data.datasets import RetrievalTestDataset as RetrievalTestDataset
 from .data.regions import region_attention as region_attention
 from .data.transforms import RandomErasing as RandomErasing
 from .data.transforms import build_transforms as build_transforms
-from .evaluate import retrieval_metrics as retrieval_metrics
 from .model.network import Retrieval as Retrieval
 from .model.weights import interpolate_relative_pos_embed as interpolate_relative_pos_embed
 from .optimizer import create_optimizer as create_optimizer
@@ -13,6 +12,7 @@ from .optimizer import lr_multiplier as lr_multiplier
 from .optimizer import param_groups as param_groups
 from .retrieval.encode import encode_images as encode_images
 from .retrieval.encode import encode_texts as encode_texts
+from .retrieval.metrics import retrieval_metrics as retrieval_metrics
 from .retrieval.rerank import itm_rerank as itm_rerank
 from .text.augmentation import eda as eda
 from .text.augmentation import pre_caption as pre_caption

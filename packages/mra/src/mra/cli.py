@@ -1,5 +1,8 @@
 """Console commands of mra. Heavy libraries are imported when a command starts to work, not to print its help."""
 
+from importlib import import_module
+
+from mra.dad.options import build_parser as build_dad_parser
 from mra.options import build_index_parser, build_retrieval_parser, build_run_parser, build_search_parser
 from tbps_common.run.command import command
 
@@ -56,6 +59,5 @@ def search_main(argv: list[str]) -> int:
 @command
 def dad_main(argv: list[str]) -> int:
     """`mra-dad`: make a synthetic pre-training set in the style of a target data set."""
-    from mra.dad.commands import main
-
-    return main(argv)
+    args = build_dad_parser().parse_args(argv)
+    return import_module(f"mra.dad.{args.command}").main(args)

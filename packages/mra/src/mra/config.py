@@ -75,10 +75,18 @@ class ScheduleSettings(Settings):
     num_warmup_steps: Annotated[int, Field(ge=0)] | NotNegative
 
 
+class TrainFile(Settings):
+    """A training file with images or people of its own (`tbps_common.datasets.load_processed_train`)."""
+
+    file: Text
+    image_root: Text | None = None
+    own_ids: bool = False
+
+
 class TrainingSettings(EvaluationSettings):
     """What a training needs."""
 
-    train_file: Files | None = None
+    train_file: Annotated[list[Text | TrainFile], Field(min_length=1)] | None = None
     train_file_regions: Files | None = None
     erasing_p: NotNegative
     synonyms: Text | None = None

@@ -9,12 +9,11 @@ import argparse
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,10 +24,11 @@ from mra.data.datasets import RetrievalTestDataset
 from mra.model.network import Retrieval
 from mra.model.weights import load_official
 from mra.report import SplitEvaluation, write_reports
+from mra.retrieval.metrics import integer_ids, warn_of_missing
 from mra.retrieval.rerank import SIMILARITY_WEIGHT, Matcher, Pairs
 from mra.text.tokens import build_tokenizer, tokenize
 from tbps_common.errors import CheckpointError, InputError
-from tbps_common.ranking import RetrievalResult, evaluate_rows, rerank_rows, score_rows
+from tbps_common.ranking import evaluate_rows, rerank_rows, score_rows
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.progress import progress_bar
@@ -37,7 +37,6 @@ from tbps_common.run.session import Run
 
 logger = logging.getLogger("mra.evaluate")
 
-METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 # What is evaluated: pre-training on SDA is judged by CUHK-PEDES.
 DATA_SETS = {"sda": "CUHK-PEDES", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
 
@@ -219,7 +218,7 @@ def evaluate_split(
         itm = evaluate_rows(fused, *ids, topk=_SHOWN_IMAGES, on_missing="skip", **common)
     finally:
         model.train(was_training)
-    _warn_of_missing(itm)
+    warn_of_missing(itm)
     return SplitEvaluation(
         itc=dataclasses.replace(
             itc, indices=itc.indices[:, :_SHOWN_IMAGES].clone(), scores=itc.scores[:, :_SHOWN_IMAGES].clone()
@@ -397,42 +396,3 @@ def _judge(model: Retrieval, texts: _Texts, gallery: _OwnImages, candidates: Ten
             # Every pair was judged by one process and is 0 on the others, so the sum is exact.
             dist.all_reduce(scores)
     return [scores.view(candidates.shape) for scores in logits]
-
-
-def retrieval_metrics(scores: Tensor, g_pids: Iterable[Hashable], q_pids: Iterable[Hashable]) -> dict[str, float]:
-    """Text-to-image metrics in percent; equal scores keep the order of the gallery.
-
-    Args:
-        scores: `[Q, G]`, higher is better.
-        g_pids: G person ids (a sequence of anything hashable, or a tensor).
-        q_pids: Q person ids. A query without an image of its person is left out, with a warning.
-
-    Returns:
-        `R1`, `R5`, `R10` (any correct image among the first k), `mAP` and `mINP`.
-
-    Raises:
-        ValueError: no query has an image of its person, sizes that do not fit, or scores that are not finite.
-    """
-    gallery, queries = integer_ids(g_pids, q_pids)
-    result = evaluate_rows(lambda start, stop: scores[start:stop], queries, gallery, topk=0, on_missing="skip")
-    _warn_of_missing(result)
-    return {name: result.metrics[name] for name in METRICS}
-
-
-def integer_ids(g_pids: Iterable[Hashable], q_pids: Iterable[Hashable]) -> tuple[np.ndarray, np.ndarray]:
-    """Person ids of any kind as integers that agree between gallery and queries."""
-    numbers: dict[Hashable, int] = {}
-    parts = []
-    for pids in (g_pids, q_pids):
-        entries: Sequence[Hashable] = pids.tolist() if isinstance(pids, (Tensor, np.ndarray)) else list(pids)
-        parts.append(np.array([numbers.setdefault(pid, len(numbers)) for pid in entries], dtype=np.int64))
-    return parts[0], parts[1]
-
-
-def _warn_of_missing(result: RetrievalResult) -> None:
-    if result.num_missing:
-        logger.warning(
-            "%d of %d captions have no image of their person in the gallery and are left out of the metrics",
-            result.num_missing,
-            result.num_queries,
-        )

@@ -116,6 +116,11 @@ def _image_roots(config: dict[str, Any]) -> list[str]:
     for key, root in zip(("image_root", "image_root_test"), roots):
         if not os.path.isdir(root):
             raise DatasetError(f"there is no folder {root} ({key}): unpack the images there, or run in another folder")
+    for entry in config.get("train_file", []):
+        if isinstance(entry, dict) and not os.path.isdir(entry.get("image_root") or config["image_root"]):
+            raise DatasetError(
+                f"there is no folder {entry['image_root']} (image_root of {entry['file']} in train_file)"
+            )
     return roots
 
 

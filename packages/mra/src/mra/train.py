@@ -23,10 +23,11 @@ from torch import Tensor
 from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_config
 from mra.data.datasets import RetrievalTestDataset
 from mra.data.loader import training_dataset, training_loader
-from mra.evaluate import METRICS, EvaluationStopped, evaluate_split
+from mra.evaluate import EvaluationStopped, evaluate_split
 from mra.model.network import Retrieval
 from mra.optimizer import Schedule, create_optimizer
 from mra.preflight import STATE_NAME, check_training_size
+from mra.retrieval.metrics import METRICS
 from mra.text.tokens import build_tokenizer
 from tbps_common.errors import CheckpointError
 from tbps_common.files import write_text

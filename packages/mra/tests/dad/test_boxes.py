@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mra.dad.boxes import NO_PHRASE, REPEATED, TOO_SMALL, centre_form, filter_boxes, intersection_over_union
+from mra.dad.regions import NO_PHRASE, REPEATED, TOO_SMALL, centre_form, filter_boxes, intersection_over_union
 from mra.data.regions import box_in_pixels
 
 SIZE = (256, 384)

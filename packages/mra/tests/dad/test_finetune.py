@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from mra.cli import dad_main
-from mra.dad import alignment
+from mra.dad import finetune
 from mra.dad.denoiser import build_networks
-from mra.dad.models import choose_dtype
-from mra.dad.pairs import Pairs
+from mra.dad.finetune import Pairs
 from tbps_common.datasets import load_processed_train
+from tbps_common.pipeline.models import choose_dtype
 from tbps_common.run.batches import ItemKey, SeededItems
 from tbps_common.run.checkpoint import load_checkpoint_file
 
@@ -128,17 +128,18 @@ def test_interrupted_run_goes_on_with_the_same_numbers(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert dad_main(flags("finetune", whole, *more)) == 0
 
-    log = alignment.Alignment._log
+    log = finetune.logger.info
     calls = 0
 
-    def log_and_be_stopped(self: Any, epoch: int) -> None:
+    def log_and_be_stopped(message: str, *values: Any) -> None:
         nonlocal calls
-        calls += 1
-        log(self, epoch)
-        if calls == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        log(message, *values)
+        if message.startswith("step %d, epoch"):
+            calls += 1
+            if calls == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(alignment.Alignment, "_log", log_and_be_stopped)
+    monkeypatch.setattr(finetune.logger, "info", log_and_be_stopped)
     assert dad_main(flags("finetune", parts, *more)) == 143
     monkeypatch.undo()
     assert not (parts / "model/controlnet").exists()
@@ -156,7 +157,7 @@ def test_interrupted_run_goes_on_with_the_same_numbers(
     assert "the training is finished" in capsys.readouterr().out
     # Killed between the last state of a longer run and its weights: those of the shorter one are not the result.
     with monkeypatch.context() as patched:
-        patched.setattr(alignment, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(finetune, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert dad_main(flags("finetune", parts, *more, "--epochs", "2")) == 130
     weights = parts / "model/controlnet/diffusion_pytorch_model.safetensors"
     of_one_epoch = weights.read_bytes()
@@ -180,7 +181,7 @@ def test_sigkill_inside_a_save_and_after_it_changes_nothing(
         return path.stat().st_mtime_ns if path.exists() else 0
 
     words = flags("finetune", parts, "--save_every", "1")
-    preload = ["mra.dad.alignment", "diffusers", "transformers"]
+    preload = ["mra.dad.finetune", "diffusers", "transformers"]
     kill_when_changed(dad_main, words, [temporary, stored, temporary, stored], preload)
     assert dad_main(words) == 0
     assert_same(state(whole), state(parts))
@@ -197,8 +198,8 @@ def test_other_settings_are_refused_on_going_on(made: Path, flags: Flags, capsys
 def test_loss_that_is_no_number_stops_the_run(
     tmp_path: Path, flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = alignment.Alignment._loss
-    monkeypatch.setattr(alignment.Alignment, "_loss", lambda self, part: loss(self, part) * float("nan"))
+    loss = finetune.noise_loss
+    monkeypatch.setattr(finetune, "noise_loss", lambda *given: loss(*given) * float("nan"))
     assert dad_main(flags("finetune", tmp_path)) == 2
     assert "the loss of step 1 is not a finite number" in capsys.readouterr().err
     assert not (tmp_path / "model/last.pth").exists()

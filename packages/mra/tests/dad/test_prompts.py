@@ -3,8 +3,8 @@
 import pytest
 
 from mra.config import load_config
-from mra.dad.naming import annotation_name, caption_range, image_name, image_seed, ranges
-from mra.dad.prompts import prompts_of
+from mra.dad.generate import image_seed, prompts_of
+from mra.dad.records import annotation_name, caption_range, image_name, ranges
 from mra.model.settings import PACKAGE
 from mra.text.wordnet import SynonymTable
 

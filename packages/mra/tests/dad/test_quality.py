@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mra.dad.filter import FEW_KEYPOINTS, GREYSCALE, SMALL_PERSON, WRONG_ORDER, chroma, judge_colour, judge_pose
 from mra.dad.options import build_parser
-from mra.dad.quality import FEW_KEYPOINTS, GREYSCALE, SMALL_PERSON, WRONG_ORDER, chroma, judge_colour, judge_pose
 
 # COCO key points of a person who stands upright in a picture of height 100.
 UPRIGHT = np.array(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mra.cli import dad_main
 from mra.dad import generate
-from mra.dad.work import image_of
+from mra.dad.records import image_of
 from tbps_common.datasets import load_processed_train, load_sda
 
 Flags = Callable[..., list[str]]

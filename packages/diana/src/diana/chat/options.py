@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from tbps_common.pipeline import request_fields
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 INDEX_DESCRIPTION = """\
@@ -75,4 +76,10 @@ def parse_chat_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", "--llm_model", metavar="NAME", help="model name on the server")
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds to wait for a question")
+    add(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+    )
     return parser.parse_args(argv)

@@ -186,5 +186,6 @@ def _client(flags: argparse.Namespace) -> ChatClient | None:
         timeout=flags.timeout,
         deadline=flags.timeout,
         sampling={"temperature": 0.0, "seed": 0, **SAMPLING},
+        fields=flags.request_fields,
         key_optional=True,
     )

@@ -14,7 +14,7 @@ from tbps_common.datasets import iter_records
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.pipeline.chat import Conversation, in_conversations
-from tbps_common.pipeline.client import ChatClient
+from tbps_common.pipeline.client import ChatClient, request_fields
 from tbps_common.pipeline.journal import Record, read_json_lines
 from tbps_common.pipeline.stages import run_stage
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
         deadline=flags.deadline,
         max_retries=flags.attempts - 1,
         sampling={"temperature": flags.temperature, "seed": flags.seed, **SAMPLING},
+        fields=flags.request_fields,
         key_optional=True,
     )
     by_path = {image.file_path: image for image in images}
@@ -181,6 +182,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
     add("--temperature", type=number(0), default=0.0, help="0: the most probable words")
     add("--seed", type=whole_number(0), default=0, help="of the opening questions, and of servers that have one")
+    add(
+        "--request_fields",
+        type=request_fields,
+        metavar="JSON",
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+    )
     add("--concurrency", type=whole_number(1), default=8, help="images worked on at a time")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds one request may take")
     add("--deadline", type=number(0, above=True), default=300.0, help="seconds one image may take in all")

@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tbps_common.pipeline import Rejected
+from tbps_common.pipeline.answers import Rejected
 
 Round = list[dict[str, str]]
 Message = dict[str, Any]
 
 Turn = tuple[list[Message], Callable[[str], str]]
-"""Messages to the model, and what makes a line of its answer; that raises `tbps_common.pipeline.Rejected`."""
+"""Messages to the model, and what makes a line of its answer; that raises `Rejected`."""
 
 UNKNOWN = "I do not remember."
 SAMPLING = {"max_tokens": 120}
@@ -66,23 +66,18 @@ def open_dialogue(captions: Sequence[str], question: str) -> Turn:
 
 
 def one_line(text: str, longest: int) -> str:
-    """The text on one line, without quotation marks around it and the name of the speaker in front.
+    """The text on one line.
 
     Raises:
-        Rejected: nothing is left, or it is too long.
+        Rejected: it is too long.
     """
     line = re.sub(r"\s+", " ", text).strip()
-    line = re.sub(r"^(?:assistant|user|question|answer|witness)\s*:\s*", "", line, flags=re.IGNORECASE)
-    if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'":
-        line = line[1:-1].strip()
-    if not line:
-        raise _misfit("it is empty")
     if len(line) > longest:
         raise _misfit(f"it has {len(line)} characters, {longest} are the most")
     return line
 
 
-def _misfit(reason: str) -> Exception:
+def _misfit(reason: str) -> Rejected:
     """A model that takes the most probable words answers the same again, unless it is told what was wrong."""
     return Rejected(reason, remark=f"That did not fit: {reason}. Try again.")
 

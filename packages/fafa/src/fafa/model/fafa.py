@@ -64,7 +64,15 @@ class FAFA(Blip2):
         self.fda_k = settings.fda_k
         self.fda_alpha = 0.5
         self.use_fda_alpha = False
+        # Settable, as in the released code.
         self.use_soft = settings.use_soft
+        self.use_sdm = settings.use_sdm
+        self.use_hnnce = settings.use_hnnce
+        self.use_mlm = settings.use_mlm
+        self.use_mmd = settings.use_mmd
+        self.use_coral = settings.use_coral
+        self.use_dsu = settings.use_dsu
+        self.use_dispersion = settings.use_dispersion
         self.gather = False
 
     def forward(self, samples: Mapping[str, Any], draws: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -100,29 +108,29 @@ class FAFA(Blip2):
     def losses(self, fused: Tensor, hidden: Tensor, ids: Tensor, draws: Mapping[str, Any]) -> dict[str, Tensor]:
         """The objectives on hidden states: `fused` `[B, H]` (reference and caption), `hidden` `[B, T, H]` (target)."""
         noisy = hidden
-        if self.settings.use_dsu and self.training:
+        if self.use_dsu and self.training:
             noisy = self.uncertainty(
                 hidden, draws.get("dsu_gate"), draws.get("dsu_eps_beta"), draws.get("dsu_eps_gamma")
             )
         targets, query = self._project_targets(noisy), self._project_query(fused)
         found: dict[str, Tensor] = {}
-        if self.settings.use_dispersion:
+        if self.use_dispersion:
             found["loss_fd"] = self.dispersion_loss(targets, draws.get("fd_indices"))
         logits = pool_tokens(token_similarity(query, targets), self.fda_k, self.use_soft) / self.temp
         found["loss_fda"] = self._alignment(logits, ids)
         summary = hidden.mean(dim=1)
-        if self.settings.use_mlm:
+        if self.use_mlm:
             found["loss_mfr"] = self.mlm_predictor(fused, summary, draws.get("mfr_mask_A"), draws.get("mfr_mask_B"))
-        if self.settings.use_mmd:
+        if self.use_mmd:
             found["loss_mmd"] = mmd_loss(fused, summary)
-        if self.settings.use_coral:
+        if self.use_coral:
             found["loss_coral"] = coral_loss(fused, summary)
         return found
 
     def _alignment(self, logits: Tensor, ids: Tensor) -> Tensor:
-        if self.settings.use_hnnce:
+        if self.use_hnnce:
             return self.hard_negatives(logits)
-        if self.settings.use_sdm:
+        if self.use_sdm:
             return compute_sdm(logits, ids, factor=self.fda_alpha if self.use_fda_alpha else 1)
         return contrastive_loss(logits)
 
@@ -137,15 +145,15 @@ class FAFA(Blip2):
         """The first process's draws on all: every process computes the same losses."""
         count, tokens, width = hidden.shape
         made: dict[str, Any] = {}
-        if self.settings.use_dsu and self.training:
+        if self.use_dsu and self.training:
             made["dsu_gate"] = torch.tensor([np.random.random()], device=hidden.device)
             made["dsu_eps_beta"] = torch.randn(tokens, width, device=hidden.device)
             made["dsu_eps_gamma"] = torch.randn(tokens, width, device=hidden.device)
-        if self.settings.use_dispersion and count * tokens > self.dispersion_loss.sample_size:
+        if self.use_dispersion and count * tokens > self.dispersion_loss.sample_size:
             made["fd_indices"] = torch.randperm(count * tokens, device=hidden.device)[
                 : self.dispersion_loss.sample_size
             ].contiguous()
-        if self.settings.use_mlm:
+        if self.use_mlm:
             for name in ("mfr_mask_A", "mfr_mask_B"):
                 made[name] = (torch.rand(count, width, device=hidden.device) < self.mlm_predictor.mask_ratio).float()
         made = {name: broadcast_tensor(value) for name, value in made.items()}

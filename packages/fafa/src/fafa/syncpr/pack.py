@@ -4,38 +4,21 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fafa.syncpr.records import KEPT, Quadruple, load_pairs, load_quadruples
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import atomic_path, write_json
-from tbps_common.pipeline.stages import manifest_path
-from tbps_common.run.arguments import whole_number
-
-DESCRIPTION = """\
-Write SynCPR.json from kept.jsonl; then train with it:
-
-  fafa-syncpr pack --out syncpr --both-directions
-  python src/blip_fine_tune_new.py --dataset cpr --syncpr-data-path syncpr --json-path SynCPR.json ...
-
-Each pair gives one triplet (left picture, edit, right picture), with --both-directions a second one from right to left.
-Triplets with equal cpr_id are positives of each other in training: --id-by quadruple gives all variants of a quadruple one
-id per direction, --id-by image every pair its own.
-"""
+from tbps_common.images import check_images_exist
+from tbps_common.pipeline import Record, manifest_path
+from tbps_common.report.pictures import Hit, RankedQuery, ranked_list, spread
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this stage, beside `--out`."""
-    parser.add_argument("--both-directions", action="store_true", help="also from the right picture to the left one")
-    parser.add_argument("--id-by", choices=("quadruple", "image"), default="quadruple", help="what shares a cpr_id")
-    parser.add_argument("--json-path", default="SynCPR.json", help="file to write, relative to --out or absolute")
-    parser.add_argument(
-        "--preview", type=whole_number(0), default=8, help="triplets to show in preview.png; 0: no picture"
-    )
+def main(flags: argparse.Namespace) -> int:
+    """Write the file; returns the exit status.
 
-
-def run(flags: argparse.Namespace) -> int:
-    """Run the stage; returns the exit status."""
+    Raises:
+        InputError: nothing was kept, or a record or picture cannot be used.
+    """
     root = Path(flags.out)
     quadruples, _ = load_quadruples(root)
     pairs = load_pairs(root, KEPT)
@@ -46,7 +29,8 @@ def run(flags: argparse.Namespace) -> int:
     for pair in pairs:
         if pair["quadruple_id"] not in quadruples:
             raise DatasetError(f"{root}: kept.jsonl has a picture of quadruple {pair['quadruple_id']}, which is gone")
-    _require_pictures(root, pairs)
+    pictures = (str(root / pair[side]) for pair in pairs for side in ("left", "right"))
+    check_images_exist(pictures, str(root), flag="--out")
     output = root / flags.json_path
     count, ids = 0, 0
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -64,8 +48,8 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def triplets(
-    pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple], *, both_directions: bool, id_by: str
-) -> Iterator[dict[str, Any]]:
+    pairs: list[Record], quadruples: dict[int, Quadruple], *, both_directions: bool, id_by: str
+) -> Iterator[Record]:
     """The annotation's records; ids count from 0 in the order of the records.
 
     The two directions of a pair never share an id: their targets look different.
@@ -89,18 +73,8 @@ def triplets(
             }
 
 
-def _require_pictures(root: Path, pairs: list[dict[str, Any]]) -> None:
-    from tbps_common.images import check_images_exist
-
-    check_images_exist(
-        (str(root / pair[side]) for pair in pairs for side in ("left", "right")), str(root), flag="--out"
-    )
-
-
-def _preview(root: Path, pairs: list[dict[str, Any]], quadruples: dict[int, Quadruple], count: int) -> None:
+def _preview(root: Path, pairs: list[Record], quadruples: dict[int, Quadruple], count: int) -> None:
     """A picture of some triplets: reference, edit, and the target with its cosine to its caption."""
-    from tbps_common.report.pictures import Hit, RankedQuery, ranked_list, spread
-
     shown = [pairs[place] for place in spread(range(len(pairs)), count)]
     rows = [
         RankedQuery(

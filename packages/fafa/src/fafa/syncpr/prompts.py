@@ -1,9 +1,12 @@
-"""What the models are asked. The paper's own prompts are not published; these are this project's."""
+"""What the models are asked, and which answers count. The paper's prompts are not published; these are this project's."""
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from tbps_common.pipeline.answers import Rejected, json_values
 
 QUADRUPLE_KEYS = ("caption_1", "caption_2", "edit_1_to_2", "edit_2_to_1")
 
@@ -74,3 +77,79 @@ def fingerprint(prompt: str) -> str:
 
 QUADRUPLE_PROMPT_MARK = fingerprint(_QUADRUPLES)
 QUESTION_PROMPT_MARK = fingerprint(_QUESTIONS)
+
+CAPTION_WORDS = (6, 80)
+EDIT_WORDS = (2, 40)
+
+_MALE = frozenset("man boy male gentleman he his him".split())
+_FEMALE = frozenset("woman girl female lady she her hers".split())
+
+
+def read_quadruples(answer: str, count: int) -> list[dict[str, str]]:
+    """One entry per person that was asked about: the four texts, or the `reason` why they cannot be used.
+
+    Raises:
+        Rejected: none can be used, so that the whole request is worth asking again.
+    """
+    values = list(json_values(answer))
+    lists = [value for value in values if isinstance(value, list) and any(isinstance(one, dict) for one in value)]
+    # A model may wrap the array in an object, or answer for one person without an array.
+    lists = lists or [_unwrapped(value) for value in values if isinstance(value, dict)]
+    if not lists:
+        raise Rejected("the answer holds no JSON array of objects")
+    results = [_checked(entry) for entry in lists[-1][:count]]
+    results += [{"reason": "missing from the answer"}] * (count - len(results))
+    if all("reason" in result for result in results):
+        raise Rejected(f"no quadruple of the answer can be used: {results[0]['reason']}")
+    return results
+
+
+def read_verdict(answer: str) -> dict[str, bool]:
+    """The yes/no answers about a pair.
+
+    Raises:
+        Rejected: one of them is missing or neither true nor false.
+    """
+    found = [value for value in json_values(answer) if isinstance(value, dict)]
+    if not found:
+        raise Rejected("the answer holds no JSON object")
+    missing = {key for key in QUESTION_KEYS if not isinstance(found[-1].get(key), bool)}
+    if missing:
+        raise Rejected(f"{min(missing)!r} is missing from the answer, or neither true nor false")
+    return {key: found[-1][key] for key in QUESTION_KEYS}
+
+
+def caption_key(text: str) -> str:
+    """What makes a caption the same as another one: its words, whatever case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _unwrapped(value: dict[str, Any]) -> list[Any]:
+    inner = [part for part in value.values() if isinstance(part, list)]
+    return inner[0] if inner else [value]
+
+
+def _checked(entry: Any) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in QUADRUPLE_KEYS):
+        return {"reason": "not an object with the four texts"}
+    texts = {key: re.sub(r"\s+", " ", entry[key]).strip() for key in QUADRUPLE_KEYS}
+    for key, text in texts.items():
+        least, most = CAPTION_WORDS if key.startswith("caption") else EDIT_WORDS
+        if not least <= len(text.split()) <= most:
+            return {"reason": "a text is too short or too long"}
+        if not text.isprintable() or re.search(r"[{}<>\[\]|*#]|https?:", text):
+            return {"reason": "a text holds markup or control characters"}
+    keys = {key: caption_key(text) for key, text in texts.items()}
+    if len(set(keys.values())) != len(keys):
+        return {"reason": "two of the four texts are the same"}
+    genders = [_gender(keys["caption_1"]), _gender(keys["caption_2"])]
+    if None not in genders and genders[0] != genders[1]:
+        return {"reason": "the captions disagree about the gender"}
+    return texts
+
+
+def _gender(words: str) -> str | None:
+    """`male` or `female` if the caption says so and does not say both."""
+    found = set(words.split())
+    male, female = bool(found & _MALE), bool(found & _FEMALE)
+    return None if male == female else "male" if male else "female"

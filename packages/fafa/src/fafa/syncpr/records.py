@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fafa.syncpr.answers import caption_key
-from fafa.syncpr.prompts import QUADRUPLE_KEYS
+from fafa.syncpr.prompts import QUADRUPLE_KEYS, caption_key
 from tbps_common.errors import DatasetError
-from tbps_common.pipeline.stages import Shard, read_stage
+from tbps_common.files import write_text
+from tbps_common.pipeline import Record, Shard, encode, read_stage
 
 QUADRUPLES, REQUESTS, IMAGES, SCORES, VERDICTS, KEPT = "quadruples", "requests", "images", "scores", "vlm", "kept"
-DROPPED_SUFFIX = ".dropped.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +39,22 @@ class SeenCaptions:
         return True
 
 
-def pair_key(record: dict[str, Any]) -> Hashable:
+def pair_key(record: Record) -> Hashable:
     """What makes a picture itself: its quadruple and variant."""
     return record["quadruple_id"], record["variant"]
 
 
-def key_in(path: str | Path) -> Callable[[dict[str, Any]], Hashable]:
+def key_in(path: str | Path) -> Callable[[Record], Hashable]:
     """`pair_key` for the lines of a file that people may have edited.
 
     The function raises:
-        DatasetError: a line is no record of a picture.
+        DatasetError: a line is not a record of a picture.
     """
 
-    def key(record: dict[str, Any]) -> Hashable:
+    def key(record: Record) -> Hashable:
         if not _is_picture(record):
             raise DatasetError(
-                f"{path}, or its list of drops, has a line without whole numbers quadruple_id and variant; mend or "
+                f"{path}, or its list of drops, has a line without whole numbers quadruple_id and variant; correct or "
                 f"delete it: {str(record)[:200]}"
             )
         return pair_key(record)
@@ -89,7 +88,7 @@ def is_own(shard: Shard, quadruple: int) -> bool:
     return quadruple % shard.count == shard.index - 1
 
 
-def load_pairs(folder: str | Path, stage: str) -> list[dict[str, Any]]:
+def load_pairs(folder: str | Path, stage: str) -> list[Record]:
     """The records of `images` or `kept`, of all shards, sorted by quadruple and variant.
 
     Raises:
@@ -112,7 +111,17 @@ def load_pairs(folder: str | Path, stage: str) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["quadruple_id"], record["variant"]))
 
 
-def _quadruple(record: dict[str, Any], folder: str | Path) -> Quadruple:
+def write_records(output: Path, kept: list[Record], dropped: list[Record]) -> None:
+    """Write what a stage chose, and beside it what it did not, each file whole or not at all."""
+    write_text(output, b"".join(map(encode, kept)).decode())
+    aside = Path(f"{output}.dropped.jsonl")
+    if dropped:
+        write_text(aside, b"".join(map(encode, dropped)).decode())
+    else:
+        aside.unlink(missing_ok=True)
+
+
+def _quadruple(record: Record, folder: str | Path) -> Quadruple:
     number = record.get("id")
     texts = [record.get(name) for name in QUADRUPLE_KEYS]
     if type(number) is not int or number < 0:
@@ -123,11 +132,11 @@ def _quadruple(record: dict[str, Any], folder: str | Path) -> Quadruple:
     return Quadruple(number, *map(str, texts))
 
 
-def _is_picture(record: dict[str, Any]) -> bool:
+def _is_picture(record: Record) -> bool:
     return all(type(record.get(name)) is int and record[name] >= 0 for name in ("quadruple_id", "variant"))
 
 
 def _inside(path: Any, folder: str | Path, stage: str) -> None:
     place = Path(path) if isinstance(path, str) else None
     if place is None or not path or place.is_absolute() or ".." in place.parts or "\0" in path:
-        raise DatasetError(f"{folder}: {stage}.jsonl names the picture {path!r}, which is no path inside the folder")
+        raise DatasetError(f"{folder}: {stage}.jsonl names the picture {path!r}, which is not a path inside the folder")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fafa.syncpr.libraries import first_line, quiet_libraries
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
+from tbps_common.pipeline.models import load_model
 
 PADDING = (123, 117, 104)  # CLIP's mean colour: nothing to the model
 
@@ -49,21 +49,27 @@ class PairScorer:
         Raises:
             InputError: a model cannot be loaded or is of another kind.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         self.device = device
-        self.clip = _load(AutoModel, clip, "--clip").to(device, dtype).eval()
+        self.clip = load_model("--clip", clip, lambda: AutoModel.from_pretrained(clip)).to(device, dtype).eval()
         if not (hasattr(self.clip, "get_image_features") and hasattr(self.clip, "get_text_features")):
             raise InputError(
                 f"--clip {clip} is a {type(self.clip).__name__}, which does not compare pictures with texts"
             )
-        self.tokenizer = _load(AutoTokenizer, clip, "--clip")
-        self.processor = _processor(clip, "--clip")
+        self.tokenizer = load_model("--clip", clip, lambda: AutoTokenizer.from_pretrained(clip))
+        self.processor = load_model("--clip", clip, lambda: AutoImageProcessor.from_pretrained(clip))
         self._texts: dict[str, Tensor] = {}
         self.person_model = self.person_processor = None
         if person_model is not None:
-            self.person_model = _load(AutoModel, person_model, "--person-model").to(device, dtype).eval()
-            self.person_processor = _processor(person_model, "--person-model")
+            self.person_model = (
+                load_model("--person-model", person_model, lambda: AutoModel.from_pretrained(person_model))
+                .to(device, dtype)
+                .eval()
+            )
+            self.person_processor = load_model(
+                "--person-model", person_model, lambda: AutoImageProcessor.from_pretrained(person_model)
+            )
 
     @torch.inference_mode()
     def score(
@@ -150,17 +156,3 @@ def _pooled(output: Any) -> Tensor:
 
 def _unit(features: Tensor) -> Tensor:
     return torch.nn.functional.normalize(features.float().flatten(1), dim=-1)
-
-
-def _processor(name: str, flag: str) -> Any:
-    from transformers import AutoImageProcessor
-
-    return _load(AutoImageProcessor, name, flag)
-
-
-def _load(loader: Any, name: str, flag: str) -> Any:
-    try:
-        with quiet_libraries():
-            return loader.from_pretrained(name)
-    except Exception as error:  # damaged files make the libraries fail with nearly any exception
-        raise InputError(f"{flag} {name} cannot be loaded by transformers: {first_line(error)}") from error

@@ -63,14 +63,14 @@ def _checked(content: Any, name: str) -> SeedLists:
         return DatasetError(f"--attributes {name}: {what}; the form is {_FORM}")
 
     if not isinstance(content, dict):
-        raise refuse("it holds no JSON object")
+        raise refuse("it is not a JSON object")
     for part in ("person", "picture"):
         lists = content.get(part)
         if not isinstance(lists, dict) or not lists:
-            raise refuse(f"{part!r} is missing or no object")
+            raise refuse(f"{part!r} is missing or not an object")
         for key, values in lists.items():
             if not isinstance(values, list) or not values or not all(_is_text(value) for value in values):
-                raise refuse(f"{part}.{key} is no list of texts of one line each")
+                raise refuse(f"{part}.{key} is not a list of texts of one line each")
     changes = content.get("changes")
     if not isinstance(changes, list) or not changes or len(set(map(str, changes))) != len(changes):
         raise refuse("'changes' is missing, empty, or names something twice")

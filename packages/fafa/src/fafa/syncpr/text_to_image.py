@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fafa.syncpr.libraries import first_line, quiet_libraries
 from tbps_common.errors import InputError
+from tbps_common.pipeline.models import first_line, load_model, quiet_libraries, require_effective_lora
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LONGEST_TEXT = 1_000_000  # tokenizers without a limit name a huge number
 _ADAPTER = "syncpr"
 
@@ -125,7 +124,7 @@ class TextToImage:
         return [part for name, part in parts if name.startswith("tokenizer") and part is not None]
 
 
-def load_pipeline(name: str, revision: str | None, dtype: torch.dtype, *, flag: str = "--model") -> Any:
+def load_pipeline(name: str, revision: str | None, dtype: torch.dtype) -> Any:
     """A text-to-image pipeline of a folder or of the hub.
 
     Raises:
@@ -133,21 +132,19 @@ def load_pipeline(name: str, revision: str | None, dtype: torch.dtype, *, flag: 
     """
     import diffusers
 
-    loaders = (diffusers.AutoPipelineForText2Image, diffusers.DiffusionPipeline)  # the first knows no newcomers
-    reason = ""
-    for loader in loaders:
+    def load() -> Any:
+        given: dict[str, Any] = {"revision": revision, "dtype": dtype}
         try:
-            with quiet_libraries():
-                pipeline: Any = loader.from_pretrained(name, revision=revision, dtype=dtype)
-        except Exception as error:  # damaged files make the libraries fail with nearly any exception
-            reason = first_line(error)
-            continue
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        required = [parameter.name for parameter in parameters.values() if parameter.default is inspect.Parameter.empty]
-        if "prompt" not in parameters or "image" in required:
-            raise InputError(f"{flag} {name} is a {type(pipeline).__name__}, which does not make pictures from text")
-        return pipeline
-    raise InputError(f"{flag} {name} cannot be loaded as a text-to-image model of diffusers: {reason}")
+            return diffusers.AutoPipelineForText2Image.from_pretrained(name, **given)
+        except ValueError:  # it knows no newcomers
+            return diffusers.DiffusionPipeline.from_pretrained(name, **given)
+
+    pipeline = load_model("--model", name, load)
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    required = [parameter.name for parameter in parameters.values() if parameter.default is inspect.Parameter.empty]
+    if "prompt" not in parameters or "image" in required:
+        raise InputError(f"--model {name} is a {type(pipeline).__name__}, which does not make pictures from text")
+    return pipeline
 
 
 def load_lora(pipeline: Any, name: str, scale: float) -> None:
@@ -159,27 +156,14 @@ def load_lora(pipeline: Any, name: str, scale: float) -> None:
         scale: 1 is as trained.
 
     Raises:
-        InputError: it cannot be read, or belongs to another model.
+        InputError: it cannot be read, belongs to another model, or changes nothing.
     """
     path = Path(name)
     where: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}
     folder = str(path.parent) if path.is_file() else name
-    try:
-        with quiet_libraries():
-            pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, **where)
-    except Exception as error:  # what is not a LoRA of this model makes the libraries fail with nearly any exception
-        raise InputError(f"--lora {name} cannot be put into the model: {first_line(error)}") from error
-    adapters = {adapter for names in pipeline.get_list_adapters().values() for adapter in names}
-    if _ADAPTER not in adapters:
-        raise InputError(f"--lora {name} holds no LoRA weights for {type(pipeline).__name__}: check the file")
+    load_model("--lora", name, lambda: pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, **where))
+    require_effective_lora("--lora", name, pipeline)
     # Into the weights, so that a picture costs no more than without it.
     pipeline.set_adapters([_ADAPTER], adapter_weights=[scale])
     pipeline.fuse_lora(adapter_names=[_ADAPTER])
     pipeline.unload_lora_weights()
-
-
-def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """The dtype of a flag; `auto` is bfloat16 on a GPU and float32 on the CPU."""
-    if requested == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[requested]

@@ -5,17 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mra.dad.work import (
-    CAPTIONED,
-    FILTERED,
-    Process,
-    read_input,
-    require_images,
-    require_model,
-    run,
-    with_pictures,
-)
-from tbps_common.pipeline.stages import Dropped, Record
+import torch
+
+from mra.dad.records import CAPTIONED, FILTERED, MODEL_FILES, Process, read_input, require_images, run, with_pictures
+from tbps_common.pipeline import Dropped, Record
+from tbps_common.pipeline.models import choose_dtype, load_model, require_model
+from tbps_common.run.device import choose_device
 
 NO_WORDS = "empty caption"
 
@@ -26,7 +21,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         InputError: the stage before is not finished, pictures are missing, or the model cannot be used.
     """
-    require_model("--model", args.model)
+    require_model("--model", args.model, *MODEL_FILES)
     records, source = read_input(Path(args.work), FILTERED)
     records = args.shard.of(records)  # the others need not stay in memory
     require_images(args, records)
@@ -36,21 +31,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> Process:
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from mra.dad.models import choose_dtype, load, quiet
-    from tbps_common.run.device import choose_device
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device, on_gpu="fp16")
-    with quiet():
-        processor = load("--model", args.model, lambda: AutoProcessor.from_pretrained(args.model))
-        model: Any = load(
-            "--model",
-            args.model,
-            lambda: AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, use_safetensors=True),
-        )
+    processor = load_model("--model", args.model, lambda: AutoProcessor.from_pretrained(args.model))
+    model: Any = load_model(
+        "--model",
+        args.model,
+        lambda: AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, use_safetensors=True),
+    )
     model.to(device).eval()
 
     @torch.inference_mode()

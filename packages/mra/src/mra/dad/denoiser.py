@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mra.dad.models import load, quiet
 from tbps_common.errors import InputError
+from tbps_common.pipeline.models import load_model, quiet_libraries
 
 CONTROLNET, LORA = "controlnet", "lora"
 _CONDITION_CHANNELS = (16, 32, 96, 256)
@@ -122,12 +122,11 @@ def build_networks(
     import diffusers
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    with quiet():
-        pipeline: Any = load(
-            "--model",
-            name,
-            lambda: diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True),
-        )
+    pipeline: Any = load_model(
+        "--model",
+        name,
+        lambda: diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True),
+    )
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise InputError(
             f"--model {name} is a {type(pipeline).__name__}: mra-dad finetune knows Stable Diffusion 1.x and 2.x "
@@ -181,7 +180,7 @@ def save_weights(denoiser: Denoiser, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     try:
-        with quiet():
+        with quiet_libraries():
             if denoiser.controlnet is not None:
                 denoiser.controlnet.save_pretrained(temporary)
             else:

@@ -2,18 +2,30 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mra.dad.naming import image_name, image_seed
-from mra.dad.prompts import prompts_of
-from mra.dad.work import GENERATED, Process, digest, require_extra, require_model, run
+import torch
+from PIL import Image
+
+from mra.dad.records import EXTRA, GENERATED, MODEL_FILES, Process, digest, image_name, run
+from mra.text.augmentation import Synonyms, eda, has_words
 from mra.text.wordnet import SynonymTable, read_synonyms, require_wordnet
 from tbps_common.datasets import load_processed_train
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path
-from tbps_common.pipeline.stages import Dropped, Record
+from tbps_common.pipeline import Dropped, Record
+from tbps_common.pipeline.models import (
+    choose_dtype,
+    load_model,
+    require_effective_lora,
+    require_libraries,
+    require_model,
+)
+from tbps_common.run.device import choose_device
 
 EMPTY, NOT_FINITE = "empty caption", "not a finite picture"
 
@@ -24,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         InputError: flags, captions or models cannot be used.
     """
-    require_extra("diffusers", "accelerate", *(("peft",) if args.lora else ()))
+    require_libraries("mra-dad generate", EXTRA, "diffusers", "accelerate", *(("peft",) if args.lora else ()))
     check_flags(args)
     captions = load_processed_train(args.train_file, args.image_root).captions
     if args.captions is not None:
@@ -39,9 +51,16 @@ def main(args: argparse.Namespace) -> int:
         {"image": image_name(index, variant), "index": index, "variant": variant}
         for index, variant in args.shard.of(pictures)
     ]
-    _refuse_strange_pictures(args)
-    with_words = _Prompts(captions, args, synonyms)
-    return run(args, GENERATED, records, settings_of(args, captions), lambda: _build(args, with_words))
+    _refuse_foreign_pictures(args)
+
+    @lru_cache(maxsize=2)
+    def prompts(index: int) -> list[str]:
+        return prompts_of(captions[index], args.variants, args.seed, index, synonyms)
+
+    def prompt_of(record: Record) -> str:
+        return prompts(record["index"])[record["variant"]]
+
+    return run(args, GENERATED, records, settings_of(args, captions), lambda: _build(args, prompt_of))
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -59,15 +78,15 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--quality {args.quality} is out of range: give 1 to 100")
     for name, flag in ((args.model, "--model"), (args.controlnet, "--controlnet"), (args.lora, "--lora")):
         if name:
-            require_model(flag, name)
+            require_model(flag, name, *MODEL_FILES)
 
 
-def _refuse_strange_pictures(args: argparse.Namespace) -> None:
+def _refuse_foreign_pictures(args: argparse.Namespace) -> None:
     """Never draw over the pictures of the release, or of another --work."""
     if not any(Path(args.work).glob(f"{GENERATED}*.jsonl")):
-        strange = next(Path(args.images).glob("c_*_*"), None)
-        if strange is not None:
-            raise InputError(f"{strange} was not made from {args.work} and would be drawn over: give another --images")
+        foreign = next(Path(args.images).glob("c_*_*"), None)
+        if foreign is not None:
+            raise InputError(f"{foreign} was not made from {args.work} and would be drawn over: give another --images")
 
 
 def settings_of(args: argparse.Namespace, captions: list[str]) -> Record:
@@ -91,43 +110,46 @@ def _digest_of_weights(name: str | None) -> str | None:
     return joined.hexdigest()[:16]
 
 
-class _Prompts:
-    """The prompt of a picture; those of one caption are made at once."""
+def prompts_of(caption: str, variants: int, seed: int, index: int, synonyms: Synonyms | None = None) -> list[str]:
+    """The prompts of one caption; the first is the caption itself.
 
-    def __init__(self, captions: list[str], args: argparse.Namespace, synonyms: SynonymTable | None):
-        self._captions, self._args, self._synonyms = captions, args, synonyms
-        self._last: tuple[int, list[str]] = (-1, [])
+    A prompt depends on the caption, the seed and the caption's number, not on other captions. A caption without letters,
+    which cannot be augmented, is repeated.
 
-    def __call__(self, record: Record) -> str:
-        index = record["index"]
-        if self._last[0] != index:
-            args = self._args
-            self._last = index, prompts_of(self._captions[index], args.variants, args.seed, index, self._synonyms)
-        return self._last[1][record["variant"]]
+    Args:
+        caption: of the training set.
+        variants: how many prompts.
+        seed: of the augmentation.
+        index: number of the caption.
+        synonyms: see `mra.eda`.
+
+    Raises:
+        InputError: WordNet is asked for and its data are absent.
+    """
+    caption = " ".join(caption.split())
+    if variants == 1 or not has_words(caption):
+        return [caption] * variants
+    rng = random.Random(f"mra-dad {seed} {index}")
+    augmented = eda(caption, num_aug=variants - 1, rng=rng, synonyms=synonyms)[:-1]
+    return [caption, *(text.strip() for text in augmented)]
 
 
-def _build(args: argparse.Namespace, prompt_of: _Prompts) -> Process:
-    from tbps_common.run.device import choose_device
+def _build(args: argparse.Namespace, prompt_of: Callable[[Record], str]) -> Process:
+    pipeline = load_pipeline(args, choose_device(args.device))
 
-    device = choose_device(args.device)
-    pipeline = load_pipeline(args, device)
-
-    def process(batch: list[Record]) -> Sequence[Record | Dropped]:
+    def process(batch: list[Record]) -> Iterator[Record | Dropped]:
         prompts = [prompt_of(record) for record in batch]
-        chosen = [place for place, prompt in enumerate(prompts) if prompt]
-        pictures = iter(draw(pipeline, args, [(batch[place], prompts[place]) for place in chosen]) if chosen else ())
-        results: list[Record | Dropped] = []
+        wanted = [(record, prompt) for record, prompt in zip(batch, prompts) if prompt]
+        pictures = iter(draw(pipeline, args, wanted) if wanted else ())
         for record, prompt in zip(batch, prompts):
+            picture = next(pictures) if prompt else None
             if not prompt:
-                results.append(Dropped(EMPTY))
-                continue
-            picture = next(pictures)
-            if picture is None:
-                results.append(Dropped(NOT_FINITE, {"prompt": prompt}))
-                continue
-            write_picture(picture, Path(args.images) / record["image"], args.quality)
-            results.append({**record, "prompt": prompt})
-        return results
+                yield Dropped(EMPTY)
+            elif picture is None:
+                yield Dropped(NOT_FINITE, {"prompt": prompt})
+            else:
+                write_picture(picture, Path(args.images) / record["image"], args.quality)
+                yield {**record, "prompt": prompt}
 
     return process
 
@@ -142,7 +164,7 @@ def write_picture(picture: Any, path: Path, quality: int) -> None:
         picture.save(temporary, format="JPEG", quality=quality)
 
 
-def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> Any:
     """The text-to-image pipeline of `--model` with `--controlnet` or `--lora`, on `device`.
 
     Raises:
@@ -150,25 +172,22 @@ def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
     """
     import diffusers
 
-    from mra.dad.models import choose_dtype, load, quiet
-
     dtype = choose_dtype(args.precision, device, on_gpu="fp16")
     common: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    with quiet():
-        more: dict[str, Any] = {}
-        if args.controlnet:
-            more["controlnet"] = load(
-                "--controlnet",
-                args.controlnet,
-                lambda: diffusers.ControlNetModel.from_pretrained(args.controlnet, **common),
-            )
-        pipeline = load(
-            "--model",
-            args.model,
-            lambda: diffusers.AutoPipelineForText2Image.from_pretrained(args.model, **common, **more),
+    more: dict[str, Any] = {}
+    if args.controlnet:
+        kind = diffusers.ControlNetModel
+        more["controlnet"] = load_model(
+            "--controlnet", args.controlnet, lambda: kind.from_pretrained(args.controlnet, **common)
         )
-        if args.lora:
-            load("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora, use_safetensors=True))
+    pipeline: Any = load_model(
+        "--model",
+        args.model,
+        lambda: diffusers.AutoPipelineForText2Image.from_pretrained(args.model, **common, **more),
+    )
+    if args.lora:
+        load_model("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora, use_safetensors=True))
+        require_effective_lora("--lora", args.lora, pipeline)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would put black pictures in the place of some; the next stage filters
     if args.controlnet:
@@ -200,9 +219,6 @@ def draw(pipeline: Any, args: argparse.Namespace, wanted: list[tuple[Record, str
     The noise of a picture comes from a generator of its own on the CPU: it is the same on every device and in every
     batch.
     """
-    import torch
-    from PIL import Image
-
     generators = [
         torch.Generator().manual_seed(image_seed("noise", args.seed, record["index"], record["variant"]))
         for record, _ in wanted
@@ -229,8 +245,11 @@ def draw(pipeline: Any, args: argparse.Namespace, wanted: list[tuple[Record, str
 
 def _picture(tensor: Any) -> Any:
     """`[3, h, w]` in 0..1 -> picture."""
-    import torch
-    from PIL import Image
-
     pixels = tensor.float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def image_seed(*parts: int | str) -> int:
+    """63 bits that depend on all parts and nothing else."""
+    text = "/".join(map(str, parts)).encode("utf-8")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

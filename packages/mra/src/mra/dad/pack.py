@@ -4,11 +4,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from mra.dad.naming import annotation_name, caption_range, ranges
-from mra.dad.work import REGIONS, digest, image_of, read_input
+from mra.dad.records import REGIONS, annotation_name, caption_range, digest, image_of, ranges, read_input
 from tbps_common.errors import InputError
 from tbps_common.files import write_json, write_text
-from tbps_common.pipeline.stages import Record
+from tbps_common.pipeline import Record
 
 MANIFEST_NAME = "sda.manifest.json"
 FIELDS = ("image", "boxes", "logits", "phrases", "caption", "image_id")

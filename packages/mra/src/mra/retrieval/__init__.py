@@ -8,9 +8,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     "mra",
     submod_attrs={
-        "evaluate": ["EvaluationStopped", "evaluate_split", "retrieval_metrics"],
+        "evaluate": ["EvaluationStopped", "evaluate_split"],
         "report": ["SplitEvaluation", "write_reports"],
         "retrieval.encode": ["encode_images", "encode_texts"],
+        "retrieval.metrics": ["retrieval_metrics"],
         "retrieval.rerank": ["itm_rerank", "match_logits"],
     },
 )

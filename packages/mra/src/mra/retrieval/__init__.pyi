@@ -1,9 +1,9 @@
 from ..evaluate import EvaluationStopped as EvaluationStopped
 from ..evaluate import evaluate_split as evaluate_split
-from ..evaluate import retrieval_metrics as retrieval_metrics
 from ..report import SplitEvaluation as SplitEvaluation
 from ..report import write_reports as write_reports
 from .encode import encode_images as encode_images
 from .encode import encode_texts as encode_texts
+from .metrics import retrieval_metrics as retrieval_metrics
 from .rerank import itm_rerank as itm_rerank
 from .rerank import match_logits as match_logits

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,20 +54,33 @@ class ProcessedEval:
     q_pids: list[int]
 
 
-def load_processed_train(files: Files, image_root: str | os.PathLike[str]) -> ProcessedTrain:
+def load_processed_train(
+    files: Files | Mapping[str, Any] | Iterable[str | os.PathLike[str] | Mapping[str, Any]],
+    image_root: str | os.PathLike[str],
+) -> ProcessedTrain:
     """Read training files `{"image", "caption": str, "image_id"}`, one object per caption.
 
     Labels number the distinct `image_id` 0..n-1 in order of first appearance over all files. Captions are as stored.
 
+    Args:
+        files: one or several; each a path, or a mapping with the path as `file` and perhaps `image_root` (of this file's
+            images) and `own_ids`. An id that stands in two files is one person (one data set in several files), with a
+            warning; `own_ids: True` says that the ids of this file are of other people than those of any other file.
+        image_root: of the files that name no other.
+
     Raises:
         DatasetError: a file or record cannot be used.
     """
-    folder = Folder(image_root)
     image_paths, captions, labels = [], [], []
-    label_of: dict[Identity, int] = {}
+    label_of: dict[tuple[int, Identity], int] = {}
+    file_of: dict[Identity, int] = {}
+    entries = [files] if isinstance(files, str | os.PathLike | Mapping) else list(files)
+    names = as_list([entry["file"] if isinstance(entry, Mapping) else entry for entry in entries])
     with many_objects():
-        for file in as_list(files):
-            start = len(captions)
+        for number, (file, entry) in enumerate(zip(names, entries)):
+            marks = entry if isinstance(entry, Mapping) else {}
+            own_ids, folder = bool(marks.get("own_ids")), Folder(marks.get("image_root") or image_root)
+            start, shared = len(captions), dict[int, set[Identity]]()
             for record in iter_records(file):
                 if type(record.fields.get("caption")) is list:
                     raise record.error(
@@ -75,8 +88,20 @@ def load_processed_train(files: Files, image_root: str | os.PathLike[str]) -> Pr
                     )
                 image_paths.append(record.path("image", folder))
                 captions.append(record.text("caption"))
-                labels.append(label_of.setdefault(record.identity("image_id"), len(label_of)))
+                identity = record.identity("image_id")
+                labels.append(label_of.setdefault((number if own_ids else -1, identity), len(label_of)))
+                if not own_ids and (first := file_of.setdefault(identity, number)) != number:
+                    shared.setdefault(first, set()).add(identity)
             warn_of_empty(file, captions[start:])
+            for first, identities in shared.items():
+                logger.warning(
+                    "%d image_id(s) of %s stand in %s too and count as the same people; if they are other people, write "
+                    "the entry as {file: %s, own_ids: True}",
+                    len(identities),
+                    file,
+                    names[first],
+                    file,
+                )
     return ProcessedTrain(image_paths, captions, labels, len(label_of))
 
 

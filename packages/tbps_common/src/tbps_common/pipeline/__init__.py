@@ -7,7 +7,7 @@ many requests in flight. client.py sends one request until there is an answer; j
 
 from tbps_common.pipeline.answers import Rejected, final_answer, json_values
 from tbps_common.pipeline.chat import Conversation, ask_once, in_conversations
-from tbps_common.pipeline.client import BadReply, ChatClient, RequestFailed, ServerRefusal
+from tbps_common.pipeline.client import BadReply, ChatClient, RequestFailed, ServerRefusal, request_fields
 from tbps_common.pipeline.journal import Journal, Record, encode, read_json_lines
 from tbps_common.pipeline.stages import (
     Dropped,
@@ -46,6 +46,7 @@ __all__ = [
     "manifest_path",
     "read_json_lines",
     "read_stage",
+    "request_fields",
     "run_stage",
     "say",
     "shard",

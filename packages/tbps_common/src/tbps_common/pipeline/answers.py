@@ -73,7 +73,7 @@ def final_answer(text: str) -> str:
     while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and not {text[0], text[-1]} & set(text[1:-1]):
         text = text[1:-1].strip()
     if not text:
-        raise Rejected("the answer has no final part")
+        raise _unfinished()
     return text
 
 
@@ -92,18 +92,22 @@ def json_values(text: str) -> Iterator[Any]:
             yield value
 
 
+def _unfinished() -> Rejected:
+    return Rejected("the answer has no final part", remark="That had no final answer. Give the final answer alone.")
+
+
 def _without_reasoning(text: str) -> str:
     channels = list(_CHANNEL.finditer(text))
     if channels:
         if channels[-1][1] != "final":
-            raise Rejected("the answer has no final part")
+            raise _unfinished()
         return text[channels[-1].end() :]
     text = _CHANNELS_WITHOUT_MARKS.sub("", text)
     closed = list(_CLOSED.finditer(text))
     if closed:
         text = text[closed[-1].end() :]
     if _OPENED.search(text):
-        raise Rejected("the answer has no final part")
+        raise _unfinished()
     return text
 
 

@@ -1,15 +1,23 @@
 """A chat model behind an OpenAI-compatible server: retries, deadlines and pacing around single requests."""
 
+import argparse
 import asyncio
+import importlib.util
+import ipaddress
+import json
 import math
 import os
 import random
+import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 from tbps_common.errors import InputError
 
@@ -21,6 +29,12 @@ _POLL_SECONDS = 0.1
 _SHOWN = 200
 _NO_KEY = "none"  # the openai package insists on one
 _SHORTEST_SECRET = 8  # local servers take any text as key; a shorter one may occur in ordinary words
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "https_proxy", "http_proxy")
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra (?:input|field)|deprecated",
+    re.IGNORECASE,
+)
+_WEB_PAGE = re.compile(r"\s*(?:<!doctype html|<html|<head|<body)", re.IGNORECASE)
 
 
 class RequestFailed(Exception):
@@ -37,6 +51,10 @@ class ServerRefusal(InputError):
 
 class Stopped(Exception):
     """`ChatClient.stopping` was set before this request began."""
+
+
+class _Relearned(Exception):
+    """The request had a field that the server does not know; without it, it is worth sending again at once."""
 
 
 class _Passing(Exception):
@@ -71,6 +89,19 @@ class ItemBudget:
     def remaining(self) -> float:
         """Seconds left."""
         return self.seconds if self._expires is None else self._expires - time.monotonic()
+
+
+def request_fields(text: str) -> dict[str, Any]:
+    """Type of an argparse flag: fields of the request as a JSON object, in which null leaves a field out."""
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a JSON object such as {{"max_tokens": null, "max_completion_tokens": 2000}}'
+        )
+    return fields
 
 
 def require_api_key(variable: str) -> str:
@@ -117,6 +148,7 @@ class ChatClient:
         max_retries: int = 6,
         min_interval: float = 0.0,
         sampling: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
         key_optional: bool = False,
     ) -> None:
         """Check what can be checked without a request.
@@ -130,7 +162,9 @@ class ChatClient:
             deadline: seconds for one item, over all its requests and pauses.
             max_retries: retries of one item, at most.
             min_interval: seconds between the starts of two requests, over all items.
-            sampling: further fields of the request, such as `temperature` or `max_tokens`; None values are left out.
+            sampling: further fields of the request, such as `temperature` or `max_tokens`; None values are left out. One that
+                the server says it does not know is left out from then on.
+            fields: the same, given by the user: they replace those of `sampling`, or take them out.
             key_optional: a server with an address of its own may do without a key.
 
         Raises:
@@ -150,7 +184,8 @@ class ChatClient:
         self._timeout, self._deadline, self._max_retries = timeout, deadline, max_retries
         self._min_interval, self._next_start = min_interval, 0.0
         self._limits, self._not_before = 0, 0.0
-        self._sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
+        given = {**(sampling or {}), **(fields or {})}
+        self._fields = {name: value for name, value in given.items() if value is not None}
         self._random = random.Random()
         self._openai: Any = None
         self._client: Any = None
@@ -176,10 +211,26 @@ class ChatClient:
 
         self._openai = openai
         self.stopping = False  # what stopped an earlier run may have been put right
-        # Retrying is ours: the package's own retries know neither the item's deadline nor our stop.
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=self._base_url, timeout=self._timeout, max_retries=0
-        )
+        direct = _is_loopback(self._base_url)
+        if direct:
+            _note_unused_proxy(self._base_url)
+        else:
+            _check_connection_variables()
+        try:
+            # Retrying is ours: the package's own retries know neither the item's deadline nor our stop.
+            self._client = openai.AsyncOpenAI(
+                api_key=self._key,
+                base_url=self._base_url,
+                timeout=self._timeout,
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if direct else None,
+            )
+        except Exception as error:  # whatever httpx makes of the environment's proxies and certificates
+            names = [name for name in (*_PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+            raise ServerRefusal(
+                self._one_line(f"no connection can be set up ({type(error).__name__}: {error})")
+                + (f": check the environment variables {', '.join(names)}" if names else "")
+            ) from error
         self._places = asyncio.Semaphore(self.concurrency)
         return self
 
@@ -217,6 +268,8 @@ class ChatClient:
                 except ServerRefusal:
                     self.stopping = True
                     raise
+                except _Relearned:
+                    continue
                 except _Passing as problem:
                     passing = problem
             if budget.retries <= 0:
@@ -250,31 +303,41 @@ class ChatClient:
 
     async def _request(self, messages: Sequence[Message], seconds: float) -> str:
         openai = self._openai
+        fields = dict(self._fields)
+        completion: Any
         try:
             async with asyncio.timeout(seconds):
                 completion = await self._client.chat.completions.create(
-                    model=self.model, messages=list(messages), **self._sampling
+                    model=self.model, messages=list(messages), extra_body=fields
                 )
         except TimeoutError:
             raise _Passing(f"no answer within {seconds:.3g} s") from None
         except openai.APIStatusError as error:
-            raise self._judge(error) from None
+            body = error.body if error.body is not None else error.response.text
+            raise self._judge(int(error.status_code), body, error.response.headers, fields) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise _Passing(self._one_line(f"the connection failed ({type(cause).__name__}: {cause})")) from None
         except (openai.APIResponseValidationError, ValueError) as error:
-            raise BadReply(f"the server's answer is no chat completion ({type(error).__name__})") from None
+            raise BadReply(f"the server's answer is not a chat completion ({type(error).__name__})") from None
         except openai.OpenAIError as error:
             raise RequestFailed(self._one_line(f"{type(error).__name__}: {error}")) from None
+        if isinstance(completion, str) and _WEB_PAGE.match(completion):
+            what = f"{self.server} answers with a web page (a login, or a gateway), not with a chat completion"
+            raise _Passing(what) if self.answers else ServerRefusal(f"{what}: check --base_url")
+        failure = getattr(completion, "error", None)
+        if failure or getattr(completion, "object", None) == "error":
+            body = failure if failure else completion.model_dump()
+            raise self._judge(_status_within(body), body, {}, fields)
         return self._text(completion)
 
     def _text(self, completion: Any) -> str:
         """The answer's text out of whatever the server sent: the package checks no field of it."""
         choices = getattr(completion, "choices", None)
         choice = choices[0] if isinstance(choices, list) and choices else None
-        text = getattr(getattr(choice, "message", None), "content", None)
-        if not isinstance(text, str):
-            raise BadReply("the server's answer is no chat completion (no text in choices[0].message.content)")
+        text = _joined(getattr(getattr(choice, "message", None), "content", None))
+        if text is None:
+            raise BadReply("the server's answer is not a chat completion (no text in choices[0].message.content)")
         if getattr(choice, "finish_reason", None) == "length":
             raise BadReply("the answer is cut off: it is longer than max_tokens")
         if getattr(choice, "finish_reason", None) == "content_filter":
@@ -291,32 +354,136 @@ class ChatClient:
         self._limits = 0
         return text
 
-    def _judge(self, error: Any) -> Exception:
+    def _judge(self, status: int, body: Any, headers: Mapping[str, str], fields: Mapping[str, Any]) -> Exception:
         """What a refused request means for the item and for the run."""
-        status = int(error.status_code)
+        reason = self._one_line(f"status {status}: {_said(body)}")
+        details = body if isinstance(body, dict) else {}
         if status in (401, 403):
-            # The server's words are not repeated: they quote parts of the key.
             return ServerRefusal(
-                f"{self.server} refuses the key (status {status}): check the environment variable {self._key_variable}"
+                f"{self.server} refuses the key ({reason}): check the environment variable {self._key_variable}"
             )
-        body = error.body if isinstance(error.body, dict) else {}
-        said = body.get("message") or error.message or ""
-        reason = self._one_line(f"status {status}: {said}")
-        if status == 429 and "insufficient_quota" in (body.get("code"), body.get("type")):
-            return ServerRefusal(f"{self.server} says that the account's quota is used up: see to it, then run again")
+        if status == 429 and "insufficient_quota" in (details.get("code"), details.get("type")):
+            return ServerRefusal(
+                f"{self.server} says that the account's quota is used up ({reason}): add to it, run again"
+            )
         if status == 404 and self.answers == 0:
-            return ServerRefusal(
-                f"{self.server} knows no such address or model ({reason}): check --base_url and --model"
-            )
+            return ServerRefusal(f"{self.server} has no such address or model ({reason}): check --base_url and --model")
         if status in RETRIED_STATUS or status >= 500:
-            return _Passing(reason, _retry_after(error.response.headers), limit=status == 429)
+            return _Passing(reason, _retry_after(headers), limit=status == 429)
+        if self._learn(json.dumps(body, default=str), details.get("param"), fields):
+            return _Relearned()
         return RequestFailed(reason)
 
+    def _learn(self, text: str, parameter: Any, fields: Mapping[str, Any]) -> bool:
+        """Leave out, from now on, the field of the request that an error names; whether there is one."""
+        if not _UNSUPPORTED.search(text):
+            return False
+        named = [name for name in fields if name == parameter]
+        named = named or [name for name in fields if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        if not named:
+            return False
+        name = named[0]
+        if name in self._fields:  # otherwise another request has learnt it meanwhile
+            value = self._fields.pop(name)
+            renamed = name == "max_tokens" and "max_completion_tokens" in text
+            if renamed:
+                self._fields["max_completion_tokens"] = value
+            instead = "is called max_completion_tokens here" if renamed else "is left out"
+            print(f"note: {self.server} does not take {name}, which {instead} from now on", file=sys.stderr)
+        return True
+
     def _one_line(self, text: str) -> str:
-        text = " ".join(text.split())
+        """The server's words, short, and without the key or the parts of it that servers quote."""
+        words = text.split()
         if len(self._key) >= _SHORTEST_SECRET:
-            text = text.replace(self._key, "[key]")
+            parts = (self._key[:6], self._key[-4:])
+            words = ["[key]" if any(part in word for part in parts) else word for word in words]
+        text = " ".join(words)
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _said(body: Any) -> str:
+    """The server's own words in the body of an error: OpenAI's `message`, FastAPI's `detail`, or the text itself."""
+    if isinstance(body, dict):
+        for name in ("message", "detail", "error", "msg"):
+            if body.get(name):
+                return _said(body[name])
+        return json.dumps(body, default=str, ensure_ascii=False)
+    if isinstance(body, list):
+        return "; ".join(
+            f"{'.'.join(map(str, part['loc']))}: {_said(part)}"
+            if isinstance(part, dict) and isinstance(part.get("loc"), list)
+            else _said(part)
+            for part in body
+        )
+    text = str(body)
+    return re.sub(r"<[^>]*>", " ", text) if _WEB_PAGE.match(text) else text
+
+
+def _status_within(body: Any) -> int:
+    """The status that an error inside an answer with status 200 stands for."""
+    code = body.get("code", body.get("status")) if isinstance(body, dict) else None
+    if str(code).isdecimal() and 400 <= int(str(code)) < 600:
+        return int(str(code))
+    return 429 if "rate" in str(code) and "limit" in str(code) else 500
+
+
+def _joined(content: Any) -> str | None:
+    """The text of a message: a string, or the text parts of a list, without those that hold the model's thoughts."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"):
+            texts.append(str(part.get("text") or ""))
+    return "".join(texts)
+
+
+def _is_loopback(address: str | None) -> bool:
+    host = urlsplit(address or "").hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _note_unused_proxy(address: str | None) -> None:
+    host = urlsplit(address or "").hostname or ""
+    name = next((name for name in _PROXIES if os.environ.get(name, "").strip()), None)
+    if name is not None and not proxy_bypass(host):
+        print(f"note: the server is on this machine, so the proxy in {name} is not used", file=sys.stderr)
+
+
+def _check_connection_variables() -> None:
+    """Refuse proxies and certificates in the environment that no connection can be made with.
+
+    Raises:
+        ServerRefusal: names the variable.
+    """
+    for name in _PROXIES:
+        value = os.environ.get(name, "").strip()
+        if not value:
+            continue
+        try:
+            parts = urlsplit(value if "://" in value else f"http://{value}")
+            usable = parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # the port is not a number, or too large
+            usable = False
+        if not usable:
+            raise ServerRefusal(
+                f"the environment variable {name} does not hold the address of a proxy: give one such as "
+                "http://HOST:PORT or socks5://HOST:PORT, or unset it"
+            )
+        if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+            raise ServerRefusal(f"the environment variable {name} names a SOCKS proxy: run  pip install socksio")
+    for name, is_there in (("SSL_CERT_FILE", Path.is_file), ("SSL_CERT_DIR", Path.is_dir)):
+        value = os.environ.get(name, "").strip()
+        if value and not is_there(Path(value)):
+            raise ServerRefusal(
+                f"the environment variable {name} names {value}, which does not exist: correct or unset it"
+            )
 
 
 def _check_address(address: str) -> None:
@@ -327,7 +494,7 @@ def _check_address(address: str) -> None:
         usable = False
     if not usable:
         raise InputError(
-            "--base_url (or OPENAI_BASE_URL) is no address of a server: give one such as http://localhost:8000/v1"
+            "--base_url (or OPENAI_BASE_URL) is not the address of a server: give one such as http://localhost:8000/v1"
         )
 
 

@@ -25,7 +25,7 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the file and mend its end.
+        """Open the file and repair its end.
 
         Raises:
             InputError: another process writes it, or it is a folder.
@@ -38,7 +38,7 @@ class Journal:
         self._file: IO[bytes] = open(self.path, "ab")
         try:
             _lock(self._file, self.path)
-            self.records, self.unreadable, self.torn = self._mend()
+            self.records, self.unreadable, self.torn = self._repair()
         except BaseException:
             self._file.close()
             raise
@@ -86,7 +86,7 @@ class Journal:
         _lock(self._file, self.path)
         self.records = list(records)
 
-    def _mend(self) -> tuple[list[Record], list[bytes], bool]:
+    def _repair(self) -> tuple[list[Record], list[bytes], bool]:
         content = self.path.read_bytes()
         torn = bool(content) and not content.endswith(b"\n")
         if torn:
@@ -146,7 +146,7 @@ def _decode(line: bytes) -> Record | None:
 
 
 def _parse(line: bytes) -> Record | str:
-    """The object of a line, or why it is no JSON object that could be written again."""
+    """The object of a line, or why it is not a JSON object that could be written again."""
     try:
         text = line.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)

@@ -1,18 +1,25 @@
 """Models of diffusers and transformers: named sensibly, loaded quietly, and one sentence if they cannot be."""
 
+import hashlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tbps_common.errors import InputError
 
 Model = TypeVar("Model")
+
+_LORA_PARAMETER = re.compile(r"\.lora_[AB]\.")
+_LORA_TENSOR = re.compile(r"\.lora_[AB]\.|\.lora\.(?:down|up)\.")
 
 DTYPES = {
     **{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16},
@@ -75,6 +82,47 @@ def load_model(flag: str, name: str, loader: Callable[[], Model]) -> Model:
             f"is {os.environ.get('HF_HUB_OFFLINE', 'not set')})"
         )
         raise InputError(f"{flag} {name} cannot be loaded ({first_line(error)}): {advice}") from error
+
+
+def require_effective_lora(flag: str, name: str, pipeline: Any) -> None:
+    """Check that a LoRA which diffusers has loaded without complaint is really in the model, whole, and changes it.
+
+    Args:
+        flag: for messages.
+        name: what was loaded: a safetensors file, a folder with one, or a name of the hub, whose file is not compared.
+        pipeline: that it was loaded into; nothing is fused yet.
+
+    Raises:
+        InputError: the model uses none or only a part of its tensors, or they are zero or not finite.
+    """
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    made = {of: value for part in parts for of, value in part.named_parameters() if _LORA_PARAMETER.search(of)}
+    if not made:
+        raise InputError(f"{flag} {name} holds no LoRA weights for {type(pipeline).__name__}: check the file")
+    loaded = {of: value for of, value in made.items() if not value.is_meta}  # for the others the file had nothing
+    stored: dict[str, Tensor] = {}
+    for file in [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*.safetensors")):
+        stored |= load_file(file)
+    broken = [of for of, value in {**loaded, **stored}.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise InputError(f"{flag} {name} holds numbers that are not finite ({broken[0]}): take another file")
+    # Other tools' layouts are converted on loading; diffusers' and peft's own tensors must be found again.
+    present = {_mark(value) for value in loaded.values()}
+    types = {value.dtype for value in loaded.values()}
+    own = {of: value for of, value in stored.items() if _LORA_TENSOR.search(of)}
+    unused = [of for of, value in own.items() if not any(_mark(value.to(dtype)) in present for dtype in types)]
+    if unused:
+        raise InputError(
+            f"{flag} {name}: the model does not use {len(unused)} of its {len(own)} tensors ({', '.join(unused[:3])}): the "
+            "file was made for another model, or has names that diffusers does not know"
+        )
+    if not any(bool(value.any()) for of, value in loaded.items() if ".lora_B." in of):
+        raise InputError(f"{flag} {name} changes nothing: its matrices are zero; take the file of a trained LoRA")
+
+
+def _mark(value: Tensor) -> tuple[tuple[int, ...], str]:
+    content = value.detach().float().cpu().contiguous().numpy().tobytes()
+    return tuple(value.shape), hashlib.sha256(content).hexdigest()
 
 
 def first_line(error: BaseException) -> str:

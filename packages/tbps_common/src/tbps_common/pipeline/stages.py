@@ -190,7 +190,7 @@ def run_stage(
         items: this shard's, in order.
         work: `in_batches(...)` or `in_conversations(...)`; it is not begun when nothing is left to do.
         output: JSON-lines file.
-        key: what makes an item itself, of items, records and side files' entries alike; None if a record is no item's.
+        key: what identifies an item; it reads items, records and side files' entries alike. None: of no item.
         settings: what the results depend on (flags, model ids, seed). A folder made with others is refused. Without them
             there is no manifest.
         notes: more for the manifest, which results do not depend on.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mra.dad.options import add_data, add_size
-from mra.dad.work import require_extra
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.run.arguments import HelpFormatter, whole_number
@@ -48,7 +47,9 @@ def main(argv: list[str]) -> int:
     )
     add_data(group)
     args = parser.parse_args(argv)
-    require_extra("diffusers", "accelerate")
+    from tbps_common.pipeline.models import require_libraries
+
+    require_libraries("mra-dad-make-tiny", "packages/mra[dad]", "diffusers", "accelerate")
     from tbps_world.tiny.mra import make_vocabulary, read_lexicon
 
     out = Path(args.out)
@@ -88,7 +89,7 @@ def write_models(out: Path, words: list[str], size: tuple[int, int], seed: int) 
     """
     import torch
 
-    from mra.dad.models import quiet
+    from tbps_common.pipeline.models import quiet_libraries
 
     writers: dict[str, Callable[[Path, list[str], tuple[int, int]], None]] = {
         DIFFUSION: _write_diffusion,
@@ -96,7 +97,7 @@ def write_models(out: Path, words: list[str], size: tuple[int, int], seed: int) 
         DETECTOR: _write_detector,
         POSE: _write_pose,
     }
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
         for name, write in writers.items():
             torch.manual_seed(seed)
             if (out / name).exists():

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from mra.dad.models import quiet
+from mra.dad.finetune import Pairs
 from mra.dad.options import CAPTION_PROMPT
-from mra.dad.pairs import Pairs
 from tbps_common.datasets import ProcessedTrain
 from tbps_common.images import read_image
+from tbps_common.pipeline.models import quiet_libraries
 from tbps_common.run.batches import EpochBatches, SeededItems
 from tbps_common.run.randomness import seed_everything
 from tbps_world.tiny.vae import start_as_mean_colours
@@ -42,7 +42,7 @@ def train_diffusion(folder: Path, data: ProcessedTrain, size: tuple[int, int], s
     """
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    with quiet():
+    with quiet_libraries():
         pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     seed_everything(seed)
     vae, unet, text = pipeline.vae, pipeline.unet, pipeline.text_encoder
@@ -73,7 +73,7 @@ def train_diffusion(folder: Path, data: ProcessedTrain, size: tuple[int, int], s
         return F.mse_loss(predicted, batch["noise"])
 
     _train([unet, text], denoise, batches, loader, steps - first, rate=2e-3)
-    with quiet():
+    with quiet_libraries():
         pipeline.save_pretrained(folder)
 
 
@@ -91,7 +91,7 @@ def train_captioner(folder: Path, data: ProcessedTrain, steps: int, seed: int) -
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    with quiet():
+    with quiet_libraries():
         processor: Any = AutoProcessor.from_pretrained(folder)
         model: Any = AutoModelForImageTextToText.from_pretrained(folder)
     seed_everything(seed)
@@ -108,7 +108,7 @@ def train_captioner(folder: Path, data: ProcessedTrain, steps: int, seed: int) -
     items = SeededItems(list(zip(data.image_paths, data.captions)))
     loader = DataLoader(items, batch_sampler=batches, collate_fn=collate)
     _train([model], lambda batch: model(**batch).loss, batches, loader, steps, rate=3e-3)
-    with quiet():
+    with quiet_libraries():
         model.save_pretrained(folder)
 
 

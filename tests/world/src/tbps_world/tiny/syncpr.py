@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fafa.syncpr.libraries import require_extra
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
 
@@ -39,7 +38,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--learn", metavar="ROOT", help="train sd and clip on this folder's pictures and captions")
     parser.add_argument("--updates", type=whole_number(1), default=800, help="of the training, with --learn")
     flags = parser.parse_args(argv)
-    require_extra("tiny", "diffusers", "transformers")
+    from tbps_common.pipeline.models import require_libraries
+
+    require_libraries("fafa-syncpr-make-tiny", "packages/fafa[syncpr]", "diffusers", "transformers")
     words = words_of(flags.words)
     if flags.learn:
         from tbps_world.tiny.syncpr_training import write_taught_models
@@ -87,7 +88,7 @@ def write_tiny_models(
     """
     import torch
 
-    from fafa.syncpr.libraries import quiet_libraries
+    from tbps_common.pipeline.models import quiet_libraries
 
     writers = {"sd": _write_sd, "flux": _write_flux, "clip": _write_clip}
     folders = []

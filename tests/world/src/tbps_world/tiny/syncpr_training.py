@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fafa.syncpr.libraries import quiet_libraries
 from fafa.syncpr.prompts import image_prompt
 from fafa.syncpr.scoring import PADDING
+from tbps_common.pipeline.models import quiet_libraries
 from tbps_world.tiny.syncpr import clip_model, stable_diffusion
 from tbps_world.tiny.vae import start_as_mean_colours
 from tbps_world.toys.syncpr import SIDE, TEMPLATE

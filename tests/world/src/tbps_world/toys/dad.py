@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mra.dad.work import CAPTIONED, FILTERED, GENERATED, MADE_BY, REGIONS, require_extra
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_world.tiny.dad import MANIFEST_NAME as TINY_MANIFEST
@@ -45,7 +44,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--variants", type=whole_number(1), default=4, help="pictures per caption")
     parser.add_argument("--epochs", type=whole_number(1), default=1, help="of the fine-tuning and of the pre-training")
     args = parser.parse_args(argv)
-    require_extra("diffusers", "accelerate")
+    from tbps_common.pipeline.models import require_libraries
+
+    require_libraries("mra-dad-toy", "packages/mra[dad]", "diffusers", "accelerate")
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
@@ -142,7 +143,9 @@ def _conclude(out: Path, seconds: float) -> None:
     model = json.loads((out / "data/dad/model/manifest.json").read_text(encoding="utf-8"))
     pairs = model["steps"] * model["settings"]["pairs_per_step"]
     table.add_row(["finetune", pairs, "", "", f"{pairs / max(model['seconds'], 1e-9):.1f}"])
-    for stem in (GENERATED, FILTERED, CAPTIONED, REGIONS):
+    from mra.dad.records import MADE_BY
+
+    for stem in MADE_BY:
         manifest = json.loads((out / f"data/dad/{stem}.jsonl.manifest.json").read_text(encoding="utf-8"))
         rate = manifest["items"] / max(manifest["seconds"], 1e-9)
         stages[MADE_BY[stem]] = {name: manifest[name] for name in ("items", "kept", "dropped", "seconds")}

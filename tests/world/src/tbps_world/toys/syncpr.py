@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fafa.syncpr.libraries import require_extra
 from tbps_common.files import write_json
 from tbps_common.pipeline.stages import manifest_path
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
@@ -61,7 +60,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--epochs", type=whole_number(1), default=10, help="epochs of FAFA's training")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     flags = parser.parse_args(argv)
-    require_extra("toy", "diffusers", "transformers", "peft", "openai", "tokenizers")
+    from tbps_common.pipeline.models import require_libraries
+
+    require_libraries(
+        "fafa-syncpr-toy", "packages/fafa[syncpr]", "diffusers", "transformers", "peft", "openai", "tokenizers"
+    )
     out = Path(flags.out)
     started = time.perf_counter()
     for step in (_world, _models, _lora, _quadruples, _pictures, _fafa):

@@ -1,31 +1,66 @@
-"""What the stages share: their files, what they were made with, and the way they are run."""
+"""The records that the stages of DaD hand to each other: their names, how they are read, and how a stage is run on them."""
 
 import argparse
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 
+from tbps_common.datasets.sda import SHARDS
 from tbps_common.errors import DatasetError, ImageError, InputError
 from tbps_common.images import check_images_exist, read_image
-from tbps_common.pipeline.stages import Dropped, Record, in_batches, read_stage, run_stage
+from tbps_common.pipeline import Dropped, Record, in_batches, read_stage, run_stage
 
 # Output of each stage, and the stage whose output it reads.
 GENERATED, FILTERED, CAPTIONED, REGIONS = "generated", "filtered", "captioned", "regions"
 MADE_BY = {GENERATED: "generate", FILTERED: "filter", CAPTIONED: "caption", REGIONS: "regions"}
 
-EXTRA = "pip install 'packages/mra[dad]'  from the root of the checkout"
+EXTRA = "packages/mra[dad]"
+MODEL_FILES = ("config.json", "model_index.json", "*.safetensors")
 UNREADABLE = "cannot be read"
 _LIBRARIES = ("diffusers", "peft", "torch", "transformers")
 
-Process = Callable[[list[Record]], Sequence[Record | Dropped]]
+# The release's ranges; more captions than its 70,000 go on in the same steps.
+_STEP = 5000
+_RANGES = tuple((int(a), int(b)) for a, b in (name.removesuffix(".json").split("_")[1:] for name in SHARDS))
+
+
+def caption_range(index: int) -> tuple[int, int]:
+    """The range `(a, b)` that holds caption `index`, b excluded."""
+    last = _RANGES[-1][1]
+    if index >= last:
+        start = last + (index - last) // _STEP * _STEP
+        return start, start + _STEP
+    return next(bounds for bounds in _RANGES if bounds[0] <= index < bounds[1])
+
+
+def ranges(captions: int) -> list[tuple[int, int]]:
+    """All ranges of the release, and those beyond them that so many captions need."""
+    found = list(_RANGES)
+    while found[-1][1] < captions:
+        found.append(caption_range(found[-1][1]))
+    return found
+
+
+def image_name(index: int, variant: int) -> str:
+    """Of a picture, below the image root: `c_0_5000/17_3.jpg`."""
+    start, stop = caption_range(index)
+    return f"c_{start}_{stop}/{index}_{variant}.jpg"
+
+
+def annotation_name(bounds: tuple[int, int]) -> str:
+    """Of the JSON file of a range: `sda_0_5000.json`."""
+    return f"sda_{bounds[0]}_{bounds[1]}.json"
+
+
+Process = Callable[[list[Record]], Iterable[Record | Dropped]]
 PictureProcess = Callable[[list[Record], list[Image]], Sequence[Record | Dropped]]
 
 
@@ -37,35 +72,6 @@ def image_of(record: Record) -> str:
 def picture_order(record: Record) -> tuple[int, int]:
     """Sorts records by caption, then by variant, whatever shards they come from."""
     return record["index"], record["variant"]
-
-
-def require_extra(*libraries: str) -> None:
-    """Require the libraries that only `mra-dad` uses.
-
-    Raises:
-        InputError: one of them is not installed.
-    """
-    absent = [name for name in libraries if importlib.util.find_spec(name) is None]
-    if absent:
-        raise InputError(f"this command needs {' and '.join(absent)}, not installed here: run  {EXTRA}")
-
-
-def require_model(flag: str, name: str) -> None:
-    """Refuse what can be neither a folder with a model nor the name of one.
-
-    Raises:
-        InputError: names the flag.
-    """
-    path = Path(name)
-    if path.is_file():
-        raise InputError(f"{flag} {name} is a file: give a model's folder, or its hub id")
-    if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "model_index.json")) and not list(
-            path.glob("*.safetensors")
-        ):
-            raise InputError(f"{flag} {name} holds no model (no config.json, model_index.json or *.safetensors)")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{flag} {name} is no folder: check the path, or give a hub id such as owner/name")
 
 
 def read_input(folder: Path, stem: str, *fields: str) -> tuple[list[Record], str]:
@@ -158,7 +164,7 @@ def with_pictures(images: str, process: PictureProcess) -> Process:
         process: a batch of records and their pictures -> a result for each, in order; never called with none.
     """
 
-    def run_batch(batch: list[Record]) -> Sequence[Record | Dropped]:
+    def run_batch(batch: list[Record]) -> Iterable[Record | Dropped]:
         pictures: list[Image | None] = []
         for record in batch:
             try:
@@ -179,18 +185,15 @@ def run(
     items: list[Record],
     settings: Record,
     build: Callable[[], Process],
-    *,
-    unit: str = "picture",
 ) -> int:
-    """Run this shard of a stage; nothing is loaded if it is finished already.
+    """Run this shard of a stage.
 
     Args:
         args: flags of the subcommand.
         stem: of the output.
         items: records of this shard.
         settings: what the results depend on.
-        build: loads the models and returns what turns a batch into results.
-        unit: of the progress bar.
+        build: loads the models and returns what turns a batch into results; not called if nothing is left to do.
 
     Returns:
         The exit status.
@@ -198,20 +201,28 @@ def run(
     Raises:
         InputError: input, flags or models cannot be used.
     """
-    output = args.shard.file(args.work, stem)
     _refuse_other_sharding(args, stem)
     load = functools.cache(build)
-    notes = {"batch_size": args.batch_size, "device": args.device, "libraries": versions()}
+
+    def process(batch: list[Record]) -> Iterator[Record | Dropped]:
+        try:
+            yield from load()(batch)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"a batch of {len(batch)} does not fit into the GPU's memory: lower --batch_size (what is done so far is "
+                "kept)"
+            ) from error
+
     outcome = run_stage(
         items,
-        in_batches(_with_advice(lambda batch: load()(batch)), args.batch_size),
-        output,
+        in_batches(process, args.batch_size),
+        args.shard.file(args.work, stem),
         key=image_of,
         settings=settings,
-        unit=unit,
-        notes=notes,
+        notes={"batch_size": args.batch_size, "device": args.device, "libraries": versions()},
+        unit="picture",
     )
-    print(outcome.sentence(unit))
+    print(outcome.sentence("picture"))
     return outcome.exit_status
 
 
@@ -222,26 +233,11 @@ def _refuse_other_sharding(args: argparse.Namespace, stem: str) -> None:
         path.name for path in Path(args.work).glob(f"{stem}*.jsonl") if not re.search(r"jsonl\.\w+\.jsonl$", path.name)
     ]
     total = f"-of-{args.shard.count}.jsonl" if args.shard.count > 1 else own
-    strange = sorted(name for name in others if name != own and not name.endswith(total))
-    if strange:
+    foreign = sorted(name for name in others if name != own and not name.endswith(total))
+    if foreign:
         raise InputError(
-            f"{args.work} holds {strange[0]}, which --shard {args.shard} does not go with: use the same number of shards"
+            f"{args.work} holds {foreign[0]}, which is of another number of shards than --shard {args.shard}: use the same number of shards"
         )
-
-
-def _with_advice(process: Process) -> Process:
-    def run_batch(batch: list[Record]) -> Sequence[Record | Dropped]:
-        import torch
-
-        try:
-            return process(batch)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"a batch of {len(batch)} does not fit into the GPU's memory: lower --batch_size (what is done so far is "
-                "kept)"
-            ) from error
-
-    return run_batch
 
 
 def versions() -> dict[str, str]:
