@@ -36,27 +36,23 @@ from diana.checkpoints import (
     ARGUMENTS_NAME,
     LOG_NAME,
     UNFINISHED,
-    check_state,
-    checkpoints_to_resume,
     delete,
     earlier_results,
     install_checkpoint,
 )
 from diana.data.batches import TrainingBatches, TrainingLoader
 from diana.data.training import Collate, TrainingDataset, build_training_dataset
-from diana.model.folders import has_sound_weights
 from diana.optim import decay_parameter_names, layer_decay_groups
 from diana.options import TrainOptions
 from diana.preflight import check_data
 from diana.schedule import WarmupDecay, follow_deepspeed_file
-from diana.starting_model import build_model, size_sentences, use_checkpointing
+from diana.starting_point import build_model, checkpoint_to_go_on_from, size_sentences, use_checkpointing
 from diana.tokenizer import check_vocabulary, load_tokenizer
 from diana.trainer_flags import read_trainer_flags, unusable_flag
-from tbps_common.errors import CheckpointError, InputError
+from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.images import check_images_exist
 from tbps_common.run.batches import ReplacedItems, SeededItems, replaced_items
-from tbps_common.run.checkpoint import load_checkpoint_file
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, barrier, broadcast_object
 from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
@@ -100,7 +96,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
         # Reading the device joins the process group.
         how = "DeepSpeed" if partitioned else f"{ranks.world_size} process(es)"
         say(device_sentence(options.device, args.device, how))
-        found = _checkpoint_to_go_on_from(options, args) if ranks.is_main else (None, [])
+        found = checkpoint_to_go_on_from(options, args) if ranks.is_main else (None, [])
         checkpoint, damaged = broadcast_object(found)
         if checkpoint is not None:
             say(f"going on from {checkpoint}")
@@ -446,38 +442,6 @@ class ReportReplacedImages(TrainerCallback):
             self._say(f"warning: {sentence}")
 
     on_train_end = on_epoch_end
-
-
-def _checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> tuple[Path | None, list[Path]]:
-    """The best checkpoint whose files are sound, and the damaged ones that were passed over."""
-    requested, output_dir = str(args.resume_from_checkpoint or ""), Path(str(args.output_dir))
-    if not requested and not args.do_train:
-        return None, []
-    damaged: dict[Path, CheckpointError] = {}
-    for folder in checkpoints_to_resume(requested, output_dir, overwrite=options.overwrite_output_dir):
-        try:
-            _require_sound(folder)
-        except CheckpointError as error:
-            damaged[folder] = error
-            continue
-        for error in damaged.values():
-            print(f"warning: {error}; going on from {folder}")
-        return folder, list(damaged)
-    for error in damaged.values():
-        raise error
-    return None, []
-
-
-def _require_sound(folder: Path) -> None:
-    """Look at every file of a checkpoint that training goes on from: the trainer would answer damage with a traceback."""
-    check_state(folder)
-    if not has_sound_weights(folder):
-        raise CheckpointError(f"the weights in {folder} are missing or damaged: resume from another checkpoint")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        if (folder / name).is_file():
-            load_checkpoint_file(folder / name, mmap=True)
-    if not (folder / "optimizer.pt").is_file() and not list(folder.glob("global_step*")):
-        raise CheckpointError(f"{folder} holds no optimizer state: start from its weights with --pretrained")
 
 
 @contextlib.contextmanager

@@ -2,17 +2,17 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from torch import Tensor
+from torch.special import entr
 
 from diana.chat.questions import Question, open_questions
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tbps_common.pipeline import ChatClient
+from diana.dialogues.roles import ask_question
+from tbps_common.pipeline import BadReply, ChatClient, Rejected, RequestFailed, ServerRefusal, ask_once
 
 Round = list[dict[str, str]]
-Score = Callable[[Sequence[Sequence[Round]]], "Tensor"]
+Score = Callable[[Sequence[Sequence[Round]]], Tensor]
 """Dialogues -> scores `[number of dialogues, N]` of all images."""
 
 CANDIDATES = 256
@@ -78,7 +78,7 @@ class InformationGain:
         return gains
 
 
-def mutual_information(belief: "Tensor", answers: "Tensor") -> float:
+def mutual_information(belief: Tensor, answers: Tensor) -> float:
     """Bits that the answer tells about the candidate.
 
     Args:
@@ -88,10 +88,8 @@ def mutual_information(belief: "Tensor", answers: "Tensor") -> float:
     return float(_entropy(answers @ belief) - (belief * _entropy(answers)).sum())
 
 
-def _entropy(probabilities: "Tensor") -> "Tensor":
+def _entropy(probabilities: Tensor) -> Tensor:
     """In bits, over the first axis."""
-    from torch.special import entr
-
     return entr(probabilities).sum(dim=0) / 0.6931471805599453
 
 
@@ -103,15 +101,12 @@ class LanguageModel:
         substitute: asks when the server does not answer, and for good once the server refuses.
     """
 
-    def __init__(self, client: "ChatClient", substitute: Questioner) -> None:
+    def __init__(self, client: ChatClient, substitute: Questioner) -> None:
         self._client: ChatClient | None = client
         self._substitute = substitute
 
     def __call__(self, rounds: Sequence[Round]) -> str | None:
         """The model's question, or the substitute's."""
-        from diana.dialogues.roles import ask_question
-        from tbps_common.pipeline import BadReply, Rejected, RequestFailed, ServerRefusal, ask_once
-
         if self._client is None:
             return self._substitute(rounds)
         try:

@@ -5,13 +5,14 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
 from diana.chat.gallery import Gallery, read_gallery, read_header, require_checkpoint
 from diana.chat.questioners import FixedList, InformationGain, LanguageModel, Questioner, Round, make_round
 from diana.data.text import PROMPT_POOL, render_dialogue
+from diana.dialogues.roles import SAMPLING
 from diana.model.diana import MAX_LOGIT_SCALE, load_diana
 from diana.model.folders import resolve_folder
 from diana.retrieval.dialogues import encode_turns
@@ -19,11 +20,9 @@ from diana.retrieval.scores import Features, score_rows_of
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.images import missing_images
+from tbps_common.pipeline import ChatClient
 from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
 from tbps_common.run.device import choose_device
-
-if TYPE_CHECKING:
-    from tbps_common.pipeline import ChatClient
 
 
 class Session:
@@ -170,19 +169,16 @@ def _save(session: Session, out_dir: Path) -> None:
         print(f"\nThe dialogue is in {out_dir / 'dialogue.json'}.")
 
 
-def _questioner(flags: argparse.Namespace, session: Session, client: "ChatClient | None") -> Questioner:
+def _questioner(flags: argparse.Namespace, session: Session, client: ChatClient | None) -> Questioner:
     offline: Questioner = FixedList() if flags.questioner == "fixed" else InformationGain(session.score, session.scale)
     return offline if client is None else LanguageModel(client, offline)
 
 
-def _client(flags: argparse.Namespace) -> "ChatClient | None":
+def _client(flags: argparse.Namespace) -> ChatClient | None:
     if flags.model is None:
         if flags.base_url is not None:
             raise InputError("--base_url needs --model: name the model that the server has")
         return None
-    from diana.dialogues.roles import SAMPLING
-    from tbps_common.pipeline import ChatClient
-
     return ChatClient(
         flags.model,
         base_url=flags.base_url,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diana.data.text import PROMPT_POOL
 from diana.dialogues.roles import SAMPLING, Round, answer_question, ask_question, open_dialogue
 from tbps_common.datasets import iter_records
 from tbps_common.errors import InputError
@@ -27,7 +28,8 @@ only the dialogue, the other answers and sees only the captions. Any OpenAI-comp
 
 Every finished image is put on the disk at once (OUT.journal), so that the command can be killed and started again. Images
 that failed are listed with the reason in OUT.failures.json, the exit status is then 1, and the next call tries them
-again. A dialogue whose captions have changed since is made anew. A key, where the server wants one, is read from the environment variable OPENAI_API_KEY and nowhere else.
+again. A dialogue whose captions have changed since is written again. A key, where the server wants one, is read from the
+environment variable OPENAI_API_KEY and nowhere else.
 """
 
 
@@ -103,8 +105,6 @@ def main(argv: list[str]) -> int:
 
 async def dialogue(conversation: Conversation, image: CaptionedImage, rounds: int, seed: int) -> list[Round]:
     """One dialogue: an opening request of the prompt pool, then one attribute a round."""
-    from diana.data import PROMPT_POOL
-
     opening = random.Random(f"{seed}:{image.file_path}").choice(PROMPT_POOL)
     turns = [_round(opening, await conversation.ask(*open_dialogue(image.captions, opening)))]
     while len(turns) < rounds:

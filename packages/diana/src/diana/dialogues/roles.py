@@ -83,7 +83,7 @@ def _misfit(reason: str) -> Rejected:
 
 
 def _as_seen_by_asker(rounds: Sequence[Round]) -> list[Message]:
-    """The asker's own questions are the assistant's messages; it is told to go on after the last answer."""
+    """The asker's own questions are the assistant's messages; it is asked to go on after the last answer."""
     roles = {"gpt": "assistant", "user": "user"}
     return [{"role": roles[message["from"]], "content": message["value"]} for turn in rounds for message in turn]
 

@@ -304,7 +304,6 @@ class ChatClient:
     async def _request(self, messages: Sequence[Message], seconds: float) -> str:
         openai = self._openai
         fields = dict(self._fields)
-        completion: Any
         try:
             async with asyncio.timeout(seconds):
                 completion = await self._client.chat.completions.create(
@@ -322,7 +321,9 @@ class ChatClient:
             raise BadReply(f"the server's answer is not a chat completion ({type(error).__name__})") from None
         except openai.OpenAIError as error:
             raise RequestFailed(self._one_line(f"{type(error).__name__}: {error}")) from None
-        if isinstance(completion, str) and _WEB_PAGE.match(completion):
+        if isinstance(completion, str):
+            if not _WEB_PAGE.match(completion):
+                raise BadReply("the server's answer is not a chat completion (text)")
             what = f"{self.server} answers with a web page (a login, or a gateway), not with a chat completion"
             raise _Passing(what) if self.answers else ServerRefusal(f"{what}: check --base_url")
         failure = getattr(completion, "error", None)

@@ -1,4 +1,4 @@
-"""The model that a training starts or goes on with: configuration, weights, what is frozen, and its size in words."""
+"""What a training starts or goes on with: checkpoint, configuration, weights, what is frozen, and the size in words."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,13 +6,54 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
+from diana.checkpoints import check_state, checkpoints_to_resume
 from diana.model.config import DiaNAConfig
 from diana.model.diana import DiaNAModel
+from diana.model.folders import has_sound_weights
 from diana.options import TrainOptions
-from tbps_common.errors import InputError
+from tbps_common.errors import CheckpointError, InputError
+from tbps_common.run.checkpoint import load_checkpoint_file
 
 _BIG_GPU_BYTES = 79e9
+
+
+def checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> tuple[Path | None, list[Path]]:
+    """The checkpoint that a run goes on from, if any, and the damaged ones that are passed over, each with a warning.
+
+    Raises:
+        CheckpointError: no checkpoint that is asked for or found can be used.
+        InputError: as `checkpoints_to_resume`.
+    """
+    requested, output_dir = str(args.resume_from_checkpoint or ""), Path(str(args.output_dir))
+    if not requested and not args.do_train:
+        return None, []
+    damaged: dict[Path, CheckpointError] = {}
+    for folder in checkpoints_to_resume(requested, output_dir, overwrite=options.overwrite_output_dir):
+        try:
+            _require_sound(folder)
+        except CheckpointError as error:
+            damaged[folder] = error
+            continue
+        for error in damaged.values():
+            print(f"warning: {error}; going on from {folder}")
+        return folder, list(damaged)
+    for error in damaged.values():
+        raise error
+    return None, []
+
+
+def _require_sound(folder: Path) -> None:
+    """Look at every file of a checkpoint that training goes on from: the trainer would answer damage with a traceback."""
+    check_state(folder)
+    if not has_sound_weights(folder):
+        raise CheckpointError(f"the weights in {folder} are missing or damaged: resume from another checkpoint")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        if (folder / name).is_file():
+            load_checkpoint_file(folder / name, mmap=True)
+    if not (folder / "optimizer.pt").is_file() and not list(folder.glob("global_step*")):
+        raise CheckpointError(f"{folder} holds no optimizer state: start from its weights with --pretrained")
 
 
 def build_config(options: TrainOptions, source: str | Path, pad_token_id: int | None) -> DiaNAConfig:
