@@ -30,7 +30,7 @@ def test_long_work_says_a_line_a_minute(capsys: pytest.CaptureFixture[str], monk
         "filter:  45% 45/100",
         "filter:  45% 45/100",  # at the end
     ]
-    assert "01:01<" in lines[0] and "dropped=1" in lines[0] and "picture/s" in lines[0]
+    assert "01:01<" in lines[0] and "dropped=1" in lines[0] and "s/picture" in lines[0]
 
 
 def test_other_processes_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
