@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fafa.evaluation import compute_itcpr_val_metrics
-from fafa.features import CacheBudget, ExtractionStopped, Extractor, StateCache, usable_workers
+from fafa.features import CacheBudget, ExtractionStopped, Extractor, StateCache
 from fafa.model import Blip2FAFACPR, read_model_config
 from tbps_world.tiny.fafa import TINY_MODEL, WORDS, write_tiny_model
 
@@ -143,8 +143,3 @@ def test_gallery_can_be_had_batch_by_batch(model: Blip2FAFACPR) -> None:
     model.train()
     assert [first for first, _ in parts] == [0, 4, 8]
     assert torch.equal(torch.cat([features for _, features in parts]), extractor(model).gallery(Pictures()))
-
-
-def test_no_more_workers_than_processors() -> None:
-    assert usable_workers(0) == 0
-    assert 1 <= usable_workers(10_000) < 10_000

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tbps_common.datasets import CUHKPEDES, DATASETS, ICFGPEDES, DatasetError, RSTPReid
+from tbps_common.datasets.check import check_dataset
 
 ANNOTATION = {"CUHK-PEDES": "reid_raw.json", "ICFG-PEDES": "ICFG-PEDES.json", "RSTPReid": "data_captions.json"}
 PATH_KEY = {"CUHK-PEDES": "file_path", "ICFG-PEDES": "file_path", "RSTPReid": "img_path"}
@@ -215,3 +216,29 @@ def test_loading_looks_at_no_image(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "stat", counting_stat)
     assert len(CUHKPEDES(tmp_path, verbose=False).train) == 50
     assert looked and not [path for path in looked if path.endswith(".png")]
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+@pytest.mark.parametrize("split", ["Train", "TRAIN", "train ", "gallery"])
+def test_unknown_splits_are_named_and_nothing_to_train_on_is_not_usable(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, split: str
+) -> None:
+    records = [record(name, split, 1, "a.png", ["a man"]), record(name, "test", 2, "b.png", ["a woman"])]
+    write_tree(tmp_path, name, records)
+    dataset = DATASETS[name](tmp_path)
+    assert dataset.unknown_splits == {split: 1} and len(dataset.val["captions"]) == 1
+    assert f"1 records have the split {split!r}, which is neither train, test nor val" in caplog.text
+    report = check_dataset(name, tmp_path, images="none", progress=False)
+    assert not report.usable and any("nothing to train on" in problem for problem in report.problems)
+    assert f"records with the split {split!r}, counted as val: 1" in report.as_text()
+
+
+def test_the_three_known_splits_are_not_remarked_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    splits = ("train", "val", "test")
+    write_tree(
+        tmp_path,
+        "CUHK-PEDES",
+        [record("CUHK-PEDES", split, 1 + i, f"{i}.png", ["a man"]) for i, split in enumerate(splits)],
+    )
+    assert not DATASETS["CUHK-PEDES"](tmp_path).unknown_splits and "split" not in caplog.text
+    assert check_dataset("CUHK-PEDES", tmp_path, images="none", progress=False).usable

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from tbps_common.errors import DatasetError, ImageError, InputError
-from tbps_common.run.batches import EpochBatches, ItemKey, ReplacedItems, ReplacingItems, SeededItems, item_seed
+from tbps_common.run.batches import (
+    EpochBatches,
+    ItemKey,
+    ReplacedItems,
+    ReplacingItems,
+    SeededItems,
+    item_seed,
+    usable_workers,
+)
 
 
 class Drawing(Dataset[list[float]]):
@@ -167,3 +175,11 @@ def test_other_faults_are_not_passed_over_and_nothing_readable_ends_the_run() ->
     with pytest.raises(DatasetError):
         ReplacingItems(Damaged(9, set(range(9))), said)[0]
     assert str(said.report(str)).endswith("0, 1, 2, 3, 4 and 4 more")
+
+
+def test_no_more_loader_processes_than_processors(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert usable_workers(0) == 0
+        assert caplog.text == ""
+        assert 1 <= usable_workers(10_000) < 10_000
+    assert "instead of 10000" in caplog.text

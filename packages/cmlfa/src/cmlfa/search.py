@@ -13,6 +13,7 @@ from cmlfa.datasets.tokenizer import shared_tokenizer
 from cmlfa.options import Options
 from cmlfa.trained import TrainedModel, open_trained
 from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
+from tbps_common.run.batches import usable_workers
 from tbps_common.run.progress import progress_bar
 from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
 
@@ -59,9 +60,9 @@ def image_features(trained: TrainedModel, paths: list[str]) -> Iterator[tuple[li
     options = trained.options
     transform = build_transforms(options.img_size, aug=False, is_train=False)
     loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(
-        ImageDataset(range(len(paths)), paths, transform),
+        ImageDataset(range(len(paths)), paths, transform, as_shown=True),
         batch_size=options.test_batch_size,
-        num_workers=options.num_workers,
+        num_workers=usable_workers(options.num_workers),
         pin_memory=trained.device.type == "cuda",
     )
     with progress_bar(len(paths), unit="image") as bar, torch.no_grad():

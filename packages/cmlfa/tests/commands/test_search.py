@@ -13,6 +13,7 @@ from cmlfa import build_model, load_checkpoint
 from cmlfa.cli import index_main, search_main
 from cmlfa.config import load_train_configs
 from cmlfa.datasets import SimpleTokenizer, build_transforms, tokenize
+from tbps_common.search.gallery import GalleryIndex
 
 
 @pytest.fixture
@@ -131,3 +132,18 @@ def test_bad_input_is_told_in_a_sentence(
     assert str(gallery) in capsys.readouterr().err
     assert search_main([*flags, "--index", str(gallery), "--text", "  "]) == 2
     assert "--text" in capsys.readouterr().err
+
+
+def test_a_picture_stored_lying_is_read_as_it_is_shown(parts_config: Path, photos: Path, tmp_path: Path) -> None:
+    upright = sorted(photos.glob("*.png"))[0]
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    with Image.open(upright) as image:
+        image.save(folder / "upright.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise by a quarter
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / "lying.png", exif=exif)
+    gallery = tmp_path / "gallery.safetensors"
+    assert index_main(["--config_file", str(parts_config), "--images", str(folder), "--out", str(gallery)]) == 0
+    lying, straight = torch.as_tensor(GalleryIndex.open(gallery).features[:])
+    torch.testing.assert_close(lying, straight)

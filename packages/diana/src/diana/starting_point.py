@@ -1,5 +1,6 @@
 """What a training starts or goes on with: checkpoint, configuration, weights, what is frozen, and the size in words."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from diana.checkpoints import check_state, checkpoints_to_resume
+from diana.checkpoints import ARGUMENTS_NAME, check_state, checkpoints_to_resume
 from diana.model.config import DiaNAConfig
 from diana.model.diana import DiaNAModel
 from diana.model.folders import has_sound_weights
@@ -24,7 +25,7 @@ def checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> 
 
     Raises:
         CheckpointError: no checkpoint that is asked for or found can be used.
-        InputError: as `checkpoints_to_resume`.
+        InputError: as `checkpoints_to_resume`; or a flag has changed that the state of the optimizer would override.
     """
     requested, output_dir = str(args.resume_from_checkpoint or ""), Path(str(args.output_dir))
     if not requested and not args.do_train:
@@ -38,10 +39,26 @@ def checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> 
             continue
         for error in damaged.values():
             print(f"warning: {error}; going on from {folder}")
+        _require_same_optimizer(folder, args)
         return folder, list(damaged)
     for error in damaged.values():
         raise error
     return None, []
+
+
+def _require_same_optimizer(folder: Path, args: TrainingArguments) -> None:
+    """Refuse flags that a resumed run cannot follow: the optimizer's state brings its own rates back."""
+    try:
+        before = json.loads((folder.parent / ARGUMENTS_NAME).read_text(encoding="utf-8"))["trainer"]
+    except (OSError, ValueError, KeyError):
+        return  # not written by this program, or by a version that did not note them
+    for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        now = getattr(args, name)
+        if before.get(name, now) != now:
+            raise InputError(
+                f"--{name} was {before[name]} when the run of {folder} began, and is {now} now, but a resumed run keeps the "
+                "optimizer's settings: use the same, or start a new run from its weights with --pretrained"
+            )
 
 
 def _require_sound(folder: Path) -> None:

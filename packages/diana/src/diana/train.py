@@ -52,7 +52,7 @@ from diana.trainer_flags import read_trainer_flags, unusable_flag
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.images import check_images_exist
-from tbps_common.run.batches import ReplacedItems, SeededItems, replaced_items
+from tbps_common.run.batches import ReplacedItems, SeededItems, replaced_items, usable_workers
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, barrier, broadcast_object
 from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
@@ -249,7 +249,7 @@ class DianaTrainer(Trainer):
             drop_last=args.dataloader_drop_last,
             lengths=self._dataset.text_lengths if self._options.length_grouping else None,
         )
-        workers = args.dataloader_num_workers
+        workers = usable_workers(args.dataloader_num_workers)
         return TrainingLoader(
             SeededItems(self._dataset, self._replaced_images),
             batch_sampler=batches,

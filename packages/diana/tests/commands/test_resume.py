@@ -246,3 +246,21 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert train_main([*flags, "--max_grad_norm", "1e30"]) == 1
     assert "no longer a finite number since step" in capsys.readouterr().err
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_learning_rate_that_would_not_count_is_refused(
+    uninterrupted: tuple[Path, list[str]],
+    world: Path,
+    tmp_path: Path,
+    train_flags: Flags,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, flags = uninterrupted
+    monkeypatch.setenv("DIANA_DATA_ROOT", str(world))
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = (out / "arguments.json").read_bytes()
+    longer = train_flags("finetune", out, *flags, "--resume_from_checkpoint", "True", "--learning_rate", "0.25")
+    assert train_main(longer) == 2
+    assert "--learning_rate was" in capsys.readouterr().err and (out / "arguments.json").read_bytes() == before

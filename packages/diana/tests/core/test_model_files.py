@@ -263,6 +263,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     [
         (lambda folder: shutil.rmtree(folder), "does not exist"),
         (lambda folder: (folder / "config.json").unlink(), "holds no DiaNA checkpoint"),
+        (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "only a LoRA adapter"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "lacks vision_config"),
         (lambda folder: edit_config(folder, refiner_config=None), "lacks refiner_config"),

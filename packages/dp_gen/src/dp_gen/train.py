@@ -55,7 +55,7 @@ from dp_gen.resume import (
 )
 from dp_gen.tracking import PROJECT, LossHistory, trackers
 from tbps_common.errors import InputError
-from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems, item_seed, replaced_items
+from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems, item_seed, replaced_items, usable_workers
 from tbps_common.run.command import command
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, broadcast_object
@@ -112,12 +112,13 @@ def train(args: argparse.Namespace) -> int:
             world_size=run.ranks.world_size,
             drop_last=False,
         )
+        workers = usable_workers(args.dataloader_num_workers)
         loader = DataLoader(
             SeededItems(dataset, replaced),
             batch_sampler=order,
             collate_fn=collate_fn,
-            num_workers=args.dataloader_num_workers,
-            persistent_workers=args.dataloader_num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=accelerator.device.type == "cuda",
             worker_init_fn=seed_worker,
             generator=torch.Generator(),  # its base seed is not drawn from the numbers for the noise then

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fafa.model.blip2 import Blip2
+from tbps_common.run.batches import usable_workers
 from tbps_common.run.distributed import Ranks
 from tbps_common.run.progress import progress_bar
 
@@ -220,9 +221,3 @@ class _Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.dataset[self.places[index]][1]
-
-
-def usable_workers(requested: int) -> int:
-    """At most one loading process per processor: more only get in each other's way, and torch warns of them."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(requested, len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -37,7 +37,7 @@ def _encoded(
     trained: TrainedModel, paths: list[str], batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Paths and features `[B, T, D]` of one batch of images after the other."""
-    dataset = GalleryDataset(range(len(paths)), paths, trained.transforms.test)
+    dataset = GalleryDataset(range(len(paths)), paths, trained.transforms.test, as_shown=True)
     extractor = Extractor(trained.model, batch_size=batch_size, num_workers=num_workers, progress=True)
     for first, features in extractor.gallery_batches(dataset):
         yield paths[first : first + len(features)], features.cpu()
@@ -47,7 +47,7 @@ def search(run: TrainedRun, flags: argparse.Namespace) -> int:
     """Rank the images of an index for one picture and sentence, print them, and draw them; returns the exit status 0."""
     if not flags.text.strip():
         raise InputError("--text is empty: say what is different in the images to find")
-    image = read_image(flags.image)
+    image = read_image(flags.image, as_shown=True)
     GalleryIndex.open(flags.index)  # a wrong path costs less before the model is loaded
     trained = open_trained(run, flags.device, trust=flags.trust_checkpoint)
     gallery = GalleryIndex.open(flags.index, fingerprint=trained.fingerprint)

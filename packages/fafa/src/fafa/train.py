@@ -16,7 +16,7 @@ import fafa
 from fafa.checkpoint import load_checkpoint, save_model
 from fafa.data import SynCPRDataset, train_loader
 from fafa.evaluation import Validator
-from fafa.features import ExtractionStopped, usable_workers
+from fafa.features import ExtractionStopped
 from fafa.inputs import TrainingInputs
 from fafa.model.fafa import Blip2FAFACPR, place
 from fafa.optim import build_optimizer, build_scheduler
@@ -38,7 +38,7 @@ from fafa.run_directory import (
 from fafa.training_state import FORMAT, Progress, TrainedWeights, read_state, require_same_run, save_frozen
 from fafa.transforms import build_transforms
 from tbps_common.datasets.table import log_table
-from tbps_common.run.batches import EpochBatches
+from tbps_common.run.batches import EpochBatches, usable_workers
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import broadcast_object
 from tbps_common.run.meters import Meters

@@ -112,3 +112,27 @@ def test_wrong_flags_are_one_line(
     assert search_main([*flags, "--image", str(picture), "--index", "absent.safetensors", *more]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_pictures_stored_lying_are_read_as_they_are_shown(
+    flags: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    with Image.open(next(pictures.rglob("*.*g"))) as image:
+        image.save(folder / "upright.png")
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / "lying.png", exif=exif)
+    out = tmp_path / "gallery.safetensors"
+    assert index_main([*flags, "--images", str(folder), "--out", str(out), "--num-workers", "0"]) == 0
+    lying, straight = torch.as_tensor(GalleryIndex.open(out).features[:])
+    torch.testing.assert_close(lying, straight)
+
+    def scores(reference: str) -> list[str]:
+        capsys.readouterr()
+        more = ["--index", str(out), "--image", str(folder / reference), "--text", "a blue coat"]
+        assert search_main([*flags, *more, "--output", str(tmp_path / "hits.png")]) == 0
+        return re.findall(r"-?\d\.\d{4}", capsys.readouterr().out)
+
+    assert scores("lying.png") == scores("upright.png")

@@ -12,6 +12,7 @@ from mra.evaluate import evaluate
 from mra.launch import MASTER_PORT, LaunchFolder
 from mra.train import train
 from tbps_common.errors import InputError
+from tbps_common.run.batches import usable_workers
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks
 from tbps_common.run.session import training_run
@@ -41,7 +42,7 @@ def run_launched(config: dict[str, Any], args: argparse.Namespace) -> int:
     ranks, launched, status = Ranks.from_environment(), LaunchFolder.of_this_process(), 1
     if args.score_world is None:
         args.score_world = ranks.world_size
-    args.num_workers = min(args.num_workers, usable_processors())
+    args.num_workers = usable_workers(args.num_workers)
     # The default cuda means a GPU if there is one.
     requested = "auto" if args.device == "cuda" else args.device
     try:
@@ -65,11 +66,6 @@ def run_launched(config: dict[str, Any], args: argparse.Namespace) -> int:
             launched.report(status)
     # torchrun would report a stop that was asked for as a failure; run.py knows better.
     return 0 if launched is not None and ranks.distributed and status in (130, 143) else status
-
-
-def usable_processors() -> int:
-    """Processors this process may use; what a batch holds does not depend on the number of loader processes."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def adopt_slurm() -> None:

@@ -21,6 +21,7 @@ from tbps_common.errors import CheckpointError, InputError
 from tbps_common.images import read_image
 from tbps_common.ranking import rerank
 from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
+from tbps_common.run.batches import usable_workers
 from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
 from tbps_common.run.device import choose_device
 from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
@@ -121,7 +122,9 @@ def image_features(
         DatasetError: an image cannot be read.
     """
     dataset: Any = _Images(trained, paths)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=min(num_workers, len(paths)))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=batch_size, num_workers=min(usable_workers(num_workers), len(paths))
+    )
     done = 0
     for batch in tqdm(loader, desc="images", unit="batch", leave=False, disable=None):
         images = batch.to(trained.device)
@@ -184,4 +187,4 @@ class _Images:
         return len(self._paths)
 
     def __getitem__(self, number: int) -> Tensor:
-        return self._transform(read_image(self._paths[number]))
+        return self._transform(read_image(self._paths[number], as_shown=True))

@@ -14,7 +14,7 @@ from cmlfa.datasets.transforms import build_transforms
 from cmlfa.options import Options
 from tbps_common.datasets.raw import RawDataset
 from tbps_common.datasets.table import log_table
-from tbps_common.run.batches import ReplacingItems, replaced_items
+from tbps_common.run.batches import ReplacingItems, replaced_items, usable_workers
 from tbps_common.run.distributed import Ranks, broadcast_object
 
 
@@ -96,7 +96,7 @@ def _training_loader(options: Options, pairs: list[tuple[int, int, str, str]]) -
         batch_size=batch_size,
         shuffle=sampler is None,
         sampler=sampler,
-        num_workers=options.num_workers,
+        num_workers=usable_workers(options.num_workers),
         collate_fn=collate,
         pin_memory=_pin_memory(options),
         # Workers live for one epoch: their random state then follows from the main process's, which a checkpoint
@@ -130,7 +130,7 @@ def _evaluation_loaders(options: Options, split: dict[str, Any], batch_size: int
             dataset,
             batch_size=batch_size,
             shuffle=False,
-            num_workers=options.num_workers,
+            num_workers=usable_workers(options.num_workers),
             pin_memory=_pin_memory(options),
         )
         for dataset in (images, captions)

@@ -102,6 +102,7 @@ def _encode(flags: argparse.Namespace, folder: Path, images: list[str], earlier:
         num_workers=flags.num_workers,
         attributes=flags.mode == "all",
         skip_unreadable=True,
+        as_shown=True,
         progress=True,
     )
     paths, embeds, attributes = join(batches, earlier)

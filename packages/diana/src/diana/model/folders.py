@@ -60,6 +60,10 @@ def resolve_folder(source: str | os.PathLike[str], *, weights: bool = True) -> P
             return entry
     if complete:
         return complete[0]  # reading it says what is wrong
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds only a LoRA adapter, which changes another model; give the folder of the whole model."
+        )
     if weights and (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} holds config.json but no weights ({WEIGHT_FILES[0]}); give a finished checkpoint."

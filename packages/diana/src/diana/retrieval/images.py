@@ -13,6 +13,7 @@ from diana.model.diana import DiaNAModel
 from diana.retrieval.features import evaluating, finished, in_halves
 from tbps_common.errors import DatasetError
 from tbps_common.images import read_image
+from tbps_common.run.batches import usable_workers
 
 logger = logging.getLogger("diana.retrieval")
 
@@ -20,8 +21,8 @@ logger = logging.getLogger("diana.retrieval")
 class _Pictures(Dataset[Any]):
     """Path and tensor, or path and error: an exception raised in a worker would arrive wrapped in its traceback."""
 
-    def __init__(self, paths: Sequence[str], transform: Any) -> None:
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: Sequence[str], transform: Any, as_shown: bool) -> None:
+        self.paths, self.transform, self.as_shown = paths, transform, as_shown
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -29,7 +30,7 @@ class _Pictures(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[str, Tensor | DatasetError]:
         path = self.paths[index]
         try:
-            return path, self.transform(read_image(path))
+            return path, self.transform(read_image(path, as_shown=self.as_shown))
         except DatasetError as error:
             return path, error
 
@@ -52,6 +53,7 @@ def encode_images(
     attributes: bool = False,
     sim_dtype: str = "fp32",
     skip_unreadable: bool = False,
+    as_shown: bool = False,
     progress: bool = False,
 ) -> Iterator[tuple[list[str], Tensor, Tensor | None]]:
     """Encode images in the order given; a batch that does not fit memory is encoded in halves.
@@ -65,6 +67,7 @@ def encode_images(
         attributes: also give the refiner's attributes.
         sim_dtype: `fp32`, or `native` for features in the model's dtype.
         skip_unreadable: leave an image that cannot be read out, with a warning, instead of stopping.
+        as_shown: read a user's own pictures as a viewer shows them, see `tbps_common.images.read_image`.
         progress: show a bar on stderr.
 
     Yields:
@@ -81,9 +84,9 @@ def encode_images(
         return finished(embeds, sim_dtype), refined
 
     loader = DataLoader(
-        _Pictures(paths, transform),
+        _Pictures(paths, transform, as_shown),
         batch_size=batch_size,
-        num_workers=num_workers,
+        num_workers=usable_workers(num_workers),
         collate_fn=_stacked,
         pin_memory=model.device.type == "cuda",
     )

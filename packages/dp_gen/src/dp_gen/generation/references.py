@@ -105,7 +105,7 @@ def reference_tensor(file: Path, resolution: int) -> Tensor:
     damage = find_damage(file)
     if damage is not None:
         raise DatasetError(f"the reference {file} is damaged ({damage}): replace it")
-    picture = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)
+    picture = torch.from_numpy(np.array(read_image(file, as_shown=True))).permute(2, 0, 1)
     return attribute_transforms(resolution)(picture)
 
 

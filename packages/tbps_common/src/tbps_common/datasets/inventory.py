@@ -155,6 +155,11 @@ def _raw(name: str) -> Callable[[Path], Inventory]:
             inventory.add_images(split["img_paths"], dataset.img_dir)
         without = sum(not record["captions"] for records in annotations.values() for record in records)
         inventory.counts["images without caption"] = without
+        for split, count in dataset.unknown_splits.items():
+            inventory.counts[f"records with the split {split!r}, counted as val"] = count
+        for split, use in (("train", "train on"), ("test", "test on")):
+            if inventory.images and not annotations[split]:
+                inventory.problems.append(f"{dataset.anno_path} has no record of the split {split}: nothing to {use}.")
         return inventory
 
     return read

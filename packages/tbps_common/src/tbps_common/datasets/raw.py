@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from typing import Any, ClassVar
 
 from tbps_common.datasets.json_records import Folder, Record, iter_records, many_objects
@@ -25,6 +26,7 @@ class RawDataset:
         test, val: dict of the lists `image_pids, img_paths` (one entry per image) and `caption_pids, captions` (one
             per caption); pids as stored.
         train_id_container, test_id_container, val_id_container: sets of the pids of the three splits.
+        unknown_splits: names other than train, test and val -> number of their records, which count as val.
     """
 
     name: ClassVar[str]
@@ -87,15 +89,26 @@ class RawDataset:
         )
 
     def _read_records(self) -> None:
-        """Check every record and sort it into its split: train, test, and anything else is val."""
+        """Check every record and sort it into its split: train, test, and anything else is val, as released."""
         self._train: list[Record] = []
         self._test: list[Record] = []
         self._val: list[Record] = []
         splits = {"train": self._train, "test": self._test}
+        self.unknown_splits: Counter[str] = Counter()
         empty = 0
         for record in iter_records(self.anno_path):
-            splits.get(record.text("split"), self._val).append(record)
+            name = record.text("split")
+            splits.get(name, self._val).append(record)
+            if name not in ("train", "test", "val"):
+                self.unknown_splits[name] += 1
             empty += sum(not caption.strip() for caption in record.texts("captions"))
+        for name, count in self.unknown_splits.items():
+            logger.warning(
+                "%s: %d records have the split %r, which is neither train, test nor val: they count as val",
+                self.anno_path,
+                count,
+                name,
+            )
         if empty:
             logger.warning("%s: %d empty captions", self.anno_path, empty)
 

@@ -210,7 +210,7 @@ def _draw_picture(
     border = _FRAME if picture.frame else 1
     draw.rectangle((left, top, left + cell[0] - 1, top + cell[1] - 1), _MAT, picture.frame or _RULE, border)
     try:
-        image = picture.image if isinstance(picture.image, Image.Image) else read_image(picture.image)
+        image = picture.image if isinstance(picture.image, Image.Image) else read_image(picture.image, as_shown=True)
         room = (cell[0] - 2 * border, cell[1] - 2 * border)
         fitted = ImageOps.contain(image, room, Image.Resampling.LANCZOS)
         sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))

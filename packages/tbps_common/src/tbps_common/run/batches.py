@@ -6,6 +6,8 @@ batches before it, and a run on N processes sees in every step the items that on
 would see.
 """
 
+import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +18,8 @@ from torch.utils.data import Dataset, Sampler
 
 from tbps_common.errors import DatasetError, ImageError, InputError
 from tbps_common.run.distributed import gather_objects
+
+logger = logging.getLogger(__name__)
 
 _WORD = (1 << 64) - 1
 _SHOWN = 5
@@ -228,3 +232,17 @@ class SeededItems(Dataset[Any]):
             random.setstate(before[0])
             np.random.set_state(before[1])
             torch.set_rng_state(before[2])
+
+
+def usable_workers(requested: int) -> int:
+    """Loader processes to start: as many as asked for, but not more than this process may use processors.
+
+    More of them only get in each other's way; a line in the log says how many there are instead.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if requested > processors:
+        logger.info(
+            "starting %d processes that load data instead of %d: there are no more processors", processors, requested
+        )
+    return min(requested, processors)
