@@ -252,6 +252,21 @@ def test_an_empty_tower_is_one_whose_weights_were_not_drawn(tiny_mapping: Callab
     assert torch.equal(empty(image), full(image))
 
 
+def test_an_empty_tower_does_not_depend_on_what_lies_in_memory(
+    tiny_mapping: Callable[..., Any],
+) -> None:
+    """Large numbers in memory once made the drawing from a truncated distribution endless."""
+    from fafa.model.settings import ModelSettings
+    from fafa.model.vit import build_vit
+
+    torch.use_deterministic_algorithms(True)  # memory that nobody has filled yet is NaN then
+    try:
+        empty = build_vit(ModelSettings.from_mapping(tiny_mapping(vit_model="eva_clip_g")), empty=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.isfinite().all() for parameter in empty.parameters())
+
+
 def test_a_tower_no_file_fills_is_drawn(tiny: Tiny, tmp_path: Path) -> None:
     state = {name: value for name, value in official_state_dict(tiny()).items() if "visual_encoder" not in name}
     model = tiny(load_pretrained=True, pretrained=write(state, tmp_path / "without_vit.pth"))

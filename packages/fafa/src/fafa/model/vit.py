@@ -147,7 +147,10 @@ class ClipViT(nn.Module):
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves out the filling of tensors with random numbers: for a billion weights that takes half a minute."""
+    """Fills tensors with zeros instead of random numbers: for a billion weights those take half a minute.
+
+    Left as they lie in memory, values beyond the bounds would keep torch's `trunc_normal_` drawing for ever.
+    """
 
     # By name: transformers puts functions of its own in the place of torch's while it builds a model.
     _FILLING = frozenset({"kaiming_uniform_", "normal_", "trunc_normal_", "uniform_"})
@@ -157,7 +160,9 @@ class _WithoutRandomNumbers(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") not in self._FILLING:
             return func(*args, **(kwargs or {}))
-        return args[0] if args else (kwargs or {})["tensor"]
+        tensor: Tensor = args[0] if args else (kwargs or {})["tensor"]
+        with torch.no_grad():
+            return tensor.zero_()
 
 
 def build_vit(settings: ModelSettings, empty: bool = False) -> EvaViT | ClipViT:
@@ -165,7 +170,7 @@ def build_vit(settings: ModelSettings, empty: bool = False) -> EvaViT | ClipViT:
 
     Args:
         settings: its sizes.
-        empty: weights are whatever was in memory, to be overwritten by a file's; else random.
+        empty: weights are zero, to be overwritten by a file's; else random.
     """
     with _WithoutRandomNumbers() if empty else nullcontext():
         return EvaViT(settings) if settings.vit_model == "eva_clip_g" else ClipViT(settings)
