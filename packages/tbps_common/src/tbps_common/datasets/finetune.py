@@ -15,7 +15,6 @@ from tbps_common.datasets.json_records import (
     Identity,
     as_list,
     iter_records,
-    many_objects,
     warn_of_empty,
 )
 from tbps_common.datasets.raw import DATASETS, RawDataset
@@ -76,32 +75,29 @@ def load_processed_train(
     file_of: dict[Identity, int] = {}
     entries = [files] if isinstance(files, str | os.PathLike | Mapping) else list(files)
     names = as_list([entry["file"] if isinstance(entry, Mapping) else entry for entry in entries])
-    with many_objects():
-        for number, (file, entry) in enumerate(zip(names, entries)):
-            marks = entry if isinstance(entry, Mapping) else {}
-            own_ids, folder = bool(marks.get("own_ids")), Folder(marks.get("image_root") or image_root)
-            start, shared = len(captions), dict[int, set[Identity]]()
-            for record in iter_records(file):
-                if type(record.fields.get("caption")) is list:
-                    raise record.error(
-                        "caption", "holds a list, as evaluation files do; a training file has one string"
-                    )
-                image_paths.append(record.path("image", folder))
-                captions.append(record.text("caption"))
-                identity = record.identity("image_id")
-                labels.append(label_of.setdefault((number if own_ids else -1, identity), len(label_of)))
-                if not own_ids and (first := file_of.setdefault(identity, number)) != number:
-                    shared.setdefault(first, set()).add(identity)
-            warn_of_empty(file, captions[start:])
-            for first, identities in shared.items():
-                logger.warning(
-                    "%d image_id(s) of %s stand in %s too and count as the same people; if they are other people, write "
-                    "the entry as {file: %s, own_ids: True}",
-                    len(identities),
-                    file,
-                    names[first],
-                    file,
-                )
+    for number, (file, entry) in enumerate(zip(names, entries)):
+        marks = entry if isinstance(entry, Mapping) else {}
+        own_ids, folder = bool(marks.get("own_ids")), Folder(marks.get("image_root") or image_root)
+        start, shared = len(captions), dict[int, set[Identity]]()
+        for record in iter_records(file):
+            if type(record.fields.get("caption")) is list:
+                raise record.error("caption", "holds a list, as evaluation files do; a training file has one string")
+            image_paths.append(record.path("image", folder))
+            captions.append(record.text("caption"))
+            identity = record.identity("image_id")
+            labels.append(label_of.setdefault((number if own_ids else -1, identity), len(label_of)))
+            if not own_ids and (first := file_of.setdefault(identity, number)) != number:
+                shared.setdefault(first, set()).add(identity)
+        warn_of_empty(file, captions[start:])
+        for first, identities in shared.items():
+            logger.warning(
+                "%d image_id(s) of %s stand in %s too and count as the same people; if they are other people, write "
+                "the entry as {file: %s, own_ids: True}",
+                len(identities),
+                file,
+                names[first],
+                file,
+            )
     return ProcessedTrain(image_paths, captions, labels, len(label_of))
 
 
@@ -113,15 +109,14 @@ def load_processed_eval(file: str | os.PathLike[str], image_root: str | os.PathL
     """
     folder = Folder(image_root)
     result = ProcessedEval([], [], [], [])
-    with many_objects():
-        for record in iter_records(file):
-            if type(record.fields.get("caption")) is str:
-                raise record.error("caption", "holds a string, as training files do; an evaluation file has a list")
-            captions, pid = record.texts("caption"), record.integer("image_id")
-            result.image_paths.append(record.path("image", folder))
-            result.captions.extend(captions)
-            result.g_pids.append(pid)
-            result.q_pids.extend([pid] * len(captions))
+    for record in iter_records(file):
+        if type(record.fields.get("caption")) is str:
+            raise record.error("caption", "holds a string, as training files do; an evaluation file has a list")
+        captions, pid = record.texts("caption"), record.integer("image_id")
+        result.image_paths.append(record.path("image", folder))
+        result.captions.extend(captions)
+        result.g_pids.append(pid)
+        result.q_pids.extend([pid] * len(captions))
     warn_of_empty(file, result.captions)
     return result
 

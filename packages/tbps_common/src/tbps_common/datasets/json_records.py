@@ -10,9 +10,7 @@ import os
 import posixpath
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from tbps_common.errors import DatasetError
@@ -66,12 +64,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
     """Yield the objects of a JSON list one by one, so that a list of a million records is never held as a whole.
 
+    Cyclic garbage collection is paused meanwhile: it would walk all that was read so far again and again.
+
     Raises:
         DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
     """
     text = _read_text(path)
     file = os.fspath(path)
     number = 0
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         position = _skip_space(text, 0).end()
         if text[position] != "[":
@@ -101,6 +103,9 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
         raise
     except (ValueError, RecursionError) as error:
         raise _bad_json(path, text, error, number) from error
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def as_list(files: Files) -> list[str]:
@@ -113,18 +118,6 @@ def as_list(files: Files) -> list[str]:
     if not paths:
         raise DatasetError("No annotation file is given; name at least one JSON file.")
     return paths
-
-
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Pause cyclic garbage collection: it would walk the million records read so far again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def warn_of_empty(file: str | os.PathLike[str], captions: list[str]) -> None:
@@ -273,11 +266,6 @@ class Record:
         if value is _ABSENT:
             raise self.error(key, f"is missing; it must hold {wanted}")
         raise self.error(key, f"must hold {wanted}, not {found or _kind(value)}")
-
-
-def interned(values: list[str]) -> list[str]:
-    """The same strings, stored once per process: phrases and names repeat thousands of times."""
-    return [sys.intern(value) for value in values]
 
 
 def _all_finite(values: list[Any]) -> bool:
