@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -154,7 +155,7 @@ def _look_at_images(
             if not os.path.isfile(path):
                 cause = "it is not a file" if os.path.exists(path) else "the file does not exist"
                 found.append((path, "missing", cause))
-            elif os.path.islink(path) and not _inside(os.path.realpath(path), real_folder[inventory.images[path]]):
+            elif os.path.islink(path) and not Path(path).resolve().is_relative_to(real_folder[inventory.images[path]]):
                 found.append((path, "outside", f"links to {os.path.realpath(path)}"))
             elif mode == "decode":
                 found.append((path, "corrupt", find_damage(path)))
@@ -179,10 +180,6 @@ def _look_at_images(
             continue
         faults["truncated"][path] = faults["corrupt"].pop(path)
     return faults
-
-
-def _inside(path: str, folder: str) -> bool:
-    return os.path.commonpath((path, folder)) == folder
 
 
 def _bar(items: Iterable[Any], title: str, progress: bool, total: int | None = None) -> Iterable[Any]:

@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbps_common.datasets.json_records import (
-    Files,
-    Folder,
-    Identity,
-    as_list,
-    iter_records,
-    warn_of_empty,
-)
-from tbps_common.datasets.raw import DATASETS, RawDataset
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records, warn_of_empty
+from tbps_common.datasets.raw import DATASETS
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
 
@@ -140,15 +133,20 @@ def convert_to_finetune(name: str, root: str | os.PathLike[str], out: str | os.P
         OSError: a file cannot be written; each file is whole or not there.
     """
     dataset = DATASETS[name](root, verbose=False)
-    splits = {"train": _training(dataset), "val": _evaluation(dataset, "val"), "test": _evaluation(dataset, "test")}
-    if "val" not in FINETUNE_SPLITS[name] and splits["val"]:
+    annotations = {"train": dataset.train_annos, "val": dataset.val_annos, "test": dataset.test_annos}
+    if "val" not in FINETUNE_SPLITS[name] and dataset.val_annos:
         logger.warning(
-            "%s: %d validation images are left out: %s has none as published", root, len(splits["val"]), name
+            "%s: %d validation images are left out: %s has none as published", root, len(dataset.val_annos), name
         )
     written = []
     for split in FINETUNE_SPLITS[name]:
         path = Path(out, f"{FINETUNE_PREFIX[name]}_{split}.json")
-        write_text(path, one_record_per_line(splits[split]))
+        records = (
+            {"image": record[dataset.path_key], "caption": caption, "image_id": int(record["id"])}
+            for record in annotations[split]
+            for caption in (record["captions"] if split == "train" else [record["captions"]])
+        )
+        write_text(path, one_record_per_line(records))
         written.append(path)
     return written
 
@@ -190,19 +188,3 @@ def one_record_per_line(records: Iterable[dict[str, Any]]) -> str:
     """A JSON list that can be read by eye and compared line by line."""
     lines = ",\n".join(json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
     return f"[\n{lines}\n]\n" if lines else "[]\n"
-
-
-def _training(dataset: RawDataset) -> list[dict[str, Any]]:
-    return [
-        {"image": record[dataset.path_key], "caption": caption, "image_id": int(record["id"])}
-        for record in dataset.train_annos
-        for caption in record["captions"]
-    ]
-
-
-def _evaluation(dataset: RawDataset, split: str) -> list[dict[str, Any]]:
-    records = dataset.val_annos if split == "val" else dataset.test_annos
-    return [
-        {"image": record[dataset.path_key], "caption": record["captions"], "image_id": int(record["id"])}
-        for record in records
-    ]

@@ -3,14 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import (
-    Files,
-    Folder,
-    Identity,
-    as_list,
-    iter_records,
-    warn_of_empty,
-)
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records, warn_of_empty
 
 # The 91 shards in the order DiaNA's configuration lists them.
 SHARDS = (

@@ -4,14 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import (
-    Files,
-    Folder,
-    Identity,
-    as_list,
-    iter_records,
-    warn_of_empty,
-)
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records, warn_of_empty
 
 # The 14 shards of the release, by the image folders they cover.
 SHARDS = (
