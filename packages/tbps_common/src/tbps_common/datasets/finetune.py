@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records, warn_of_empty
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
 from tbps_common.datasets.raw import DATASETS
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
@@ -71,8 +71,8 @@ def load_processed_train(
     for number, (file, entry) in enumerate(zip(names, entries)):
         marks = entry if isinstance(entry, Mapping) else {}
         own_ids, folder = bool(marks.get("own_ids")), Folder(marks.get("image_root") or image_root)
-        start, shared = len(captions), dict[int, set[Identity]]()
-        for record in iter_records(file):
+        shared: dict[int, set[Identity]] = {}
+        for record in iter_records(file, "caption"):
             if type(record.fields.get("caption")) is list:
                 raise record.error("caption", "holds a list, as evaluation files do; a training file has one string")
             image_paths.append(record.path("image", folder))
@@ -81,7 +81,6 @@ def load_processed_train(
             labels.append(label_of.setdefault((number if own_ids else -1, identity), len(label_of)))
             if not own_ids and (first := file_of.setdefault(identity, number)) != number:
                 shared.setdefault(first, set()).add(identity)
-        warn_of_empty(file, captions[start:])
         for first, identities in shared.items():
             logger.warning(
                 "%d image_id(s) of %s stand in %s too and count as the same people; if they are other people, write "
@@ -102,7 +101,7 @@ def load_processed_eval(file: str | os.PathLike[str], image_root: str | os.PathL
     """
     folder = Folder(image_root)
     result = ProcessedEval([], [], [], [])
-    for record in iter_records(file):
+    for record in iter_records(file, "caption"):
         if type(record.fields.get("caption")) is str:
             raise record.error("caption", "holds a string, as training files do; an evaluation file has a list")
         captions, pid = record.texts("caption"), record.integer("image_id")
@@ -110,7 +109,6 @@ def load_processed_eval(file: str | os.PathLike[str], image_root: str | os.PathL
         result.captions.extend(captions)
         result.g_pids.append(pid)
         result.q_pids.extend([pid] * len(captions))
-    warn_of_empty(file, result.captions)
     return result
 
 

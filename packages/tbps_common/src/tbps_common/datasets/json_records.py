@@ -61,17 +61,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise _bad_json(path, text, error) from error
 
 
-def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
+def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iterator["Record"]:
     """Yield the objects of a JSON list one by one, so that a list of a million records is never held as a whole.
 
     Cyclic garbage collection is paused meanwhile: it would walk all that was read so far again and again.
+
+    Args:
+        path: of the file.
+        texts: key of a string, or of a list of strings; how many of them are empty is logged after the last record.
 
     Raises:
         DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
     """
     text = _read_text(path)
     file = os.fspath(path)
-    number = 0
+    number = empty = 0
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -86,6 +90,9 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
             if type(fields) is not dict:
                 raise DatasetError(f"{file}: record {number} (counted from 0) is {_kind(fields)}, not an object.")
             yield Record(fields, file, number)
+            if texts:
+                values = fields[texts]
+                empty += sum(not text.strip() for text in ([values] if type(values) is str else values))
             number += 1
             position = _skip_space(text, position).end()
             more = text[position] == ","
@@ -96,6 +103,8 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
         position = _skip_space(text, position + 1).end()
         if position != len(text):
             raise json.JSONDecodeError("Extra data", text, position)
+        if empty:
+            logger.warning("%s: %d empty captions", file, empty)
     except IndexError as error:
         cut = json.JSONDecodeError("Unexpected end of file", text, len(text))
         raise _bad_json(path, text, cut, number) from error
@@ -118,13 +127,6 @@ def as_list(files: Files) -> list[str]:
     if not paths:
         raise DatasetError("No annotation file is given; name at least one JSON file.")
     return paths
-
-
-def warn_of_empty(file: str | os.PathLike[str], captions: list[str]) -> None:
-    """Log how many captions of a file hold no text."""
-    empty = sum(not caption.strip() for caption in captions)
-    if empty:
-        logger.warning("%s: %d empty captions", os.fspath(file), empty)
 
 
 class Folder:

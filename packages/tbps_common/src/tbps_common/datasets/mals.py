@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records, warn_of_empty
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
 
 # The 91 shards in the order DiaNA's configuration lists them.
 SHARDS = (
@@ -34,9 +34,7 @@ def load_mals(files: Files, image_root: str | os.PathLike[str]) -> list[MALSReco
     records: list[MALSRecord] = []
     label_of: dict[Identity, int] = {}
     for file in as_list(files):
-        start = len(records)
-        for record in iter_records(file):
+        for record in iter_records(file, "caption"):
             label = label_of.setdefault(record.identity("image_id"), len(label_of))
             records.append(MALSRecord(record.path("image", folder), label, record.text("caption")))
-        warn_of_empty(file, [record.caption for record in records[start:]])
     return records

@@ -94,13 +94,12 @@ class RawDataset:
         self._val: list[Record] = []
         splits = {"train": self._train, "test": self._test}
         self.unknown_splits: Counter[str] = Counter()
-        empty = 0
-        for record in iter_records(self.anno_path):
+        for record in iter_records(self.anno_path, "captions"):
             name = record.text("split")
             splits.get(name, self._val).append(record)
             if name not in ("train", "test", "val"):
                 self.unknown_splits[name] += 1
-            empty += sum(not caption.strip() for caption in record.texts("captions"))
+            record.texts("captions")
         for name, count in self.unknown_splits.items():
             logger.warning(
                 "%s: %d records have the split %r, which is neither train, test nor val: they count as val",
@@ -108,8 +107,6 @@ class RawDataset:
                 count,
                 name,
             )
-        if empty:
-            logger.warning("%s: %d empty captions", self.anno_path, empty)
 
     def _training_samples(self) -> tuple[list[TrainSample], set[int]]:
         folder = Folder(self.img_dir)

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records, warn_of_empty
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
 
 # The 14 shards of the release, by the image folders they cover.
 SHARDS = (
@@ -54,8 +54,7 @@ def load_sda(files: Files, image_root: str | os.PathLike[str]) -> SDA:
     image_label: dict[Identity, int] = {}
     phrase_number: dict[str, int] = {}
     for file in as_list(files):
-        start = len(records)
-        for record in iter_records(file):
+        for record in iter_records(file, "caption"):
             boxes, logits, phrases = record.boxes("boxes"), record.numbers("logits"), record.texts("phrases")
             if not len(boxes) == len(logits) == len(phrases):
                 lengths = f"{len(boxes)} boxes, {len(logits)} logits, {len(phrases)} phrases"
@@ -65,7 +64,6 @@ def load_sda(files: Files, image_root: str | os.PathLike[str]) -> SDA:
             numbers = [phrase_number.setdefault(phrase, len(phrase_number)) for phrase in phrases]
             path, caption = record.path("image", folder), record.text("caption")
             records.append(SDARecord(path, caption, boxes, logits, phrases, label, numbers))
-        warn_of_empty(file, [record.caption for record in records[start:]])
     # Phrase labels start where image labels end, which is known only now. One int object per label is kept.
     shifted = [len(image_label) + number for number in range(len(phrase_number))]
     for record in records:

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Folder, iter_records, warn_of_empty
+from tbps_common.datasets.json_records import Folder, iter_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def load_syncpr(root: str | os.PathLike[str], json_path: str | os.PathLike[str] 
     folder = Folder(root)
     file = os.path.join(os.fspath(root), os.fspath(json_path))
     records = []
-    for record in iter_records(file):
+    for record in iter_records(file, "edit_caption"):
         # Every image takes part in several triplets, and with it its path and caption.
         reference_caption = record.optional_text("reference_caption")
         target_caption = record.optional_text("target_caption")
@@ -46,5 +46,4 @@ def load_syncpr(root: str | os.PathLike[str], json_path: str | os.PathLike[str] 
                 target_caption=target_caption and sys.intern(target_caption),
             )
         )
-    warn_of_empty(file, [record.edit_caption for record in records])
     return records

@@ -21,17 +21,16 @@ from tbps_common.ranking.inputs import (
     check_scores,
     identity_array,
 )
-from tbps_common.ranking.memory import default_row_budget, is_out_of_memory, release_cached_memory, rows_within
+from tbps_common.ranking.memory import is_out_of_memory, release_cached_memory
 from tbps_common.ranking.metrics import (
     Positives,
     QueryMetrics,
-    apply_missing,
     count_ahead,
     query_metrics,
     read_scores,
     summarise,
 )
-from tbps_common.ranking.scores import Rows, score_rows
+from tbps_common.ranking.scores import Rows, block_size, checked_rows, score_rows
 from tbps_common.ranking.sharded import Shards
 from tbps_common.ranking.topk import best_of_rows
 
@@ -253,13 +252,9 @@ def evaluate_rows(
         check_count(topk, "topk", 0)
         check_count(max_rank, "max_rank", 1)
         check_choice(on_missing, "on_missing", ON_MISSING)
-        if row_budget is not None:
-            check_count(row_budget, "row_budget", 1)
+        own_size = block_size(rows, len(own_ids), row_budget)
         if len(queries) == 0:
             raise ValueError("q_pids is empty.")
-        if row_budget is None:
-            row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
-        own_size = rows_within(row_budget, len(own_ids), getattr(rows, "dtype", torch.float32).itemsize)
     query_digest = hashlib.blake2b(queries.tobytes(), digest_size=16).hexdigest()
     shards.require_same({"q_pids": query_digest, "topk": topk, "max_rank": max_rank, "on_missing": on_missing})
     ids_of_shards = shards.gather(own_ids)
@@ -272,6 +267,7 @@ def evaluate_rows(
 
     offset = sum(len(ids) for ids in ids_of_shards[: shards.index])
     own = range(offset, offset + len(own_ids))
+    absent = (0.0, len(gallery_ids) + 1) if on_missing == "miss" else (float("nan"), 0)
     # Every block ends in an exchange, so all processes take blocks of the same size.
     size = -int(shards.highest(np.array([-own_size]))[0])
     blocks: list[tuple[QueryMetrics, Tensor, Tensor]] = []
@@ -289,12 +285,12 @@ def evaluate_rows(
                 size = (stop - start) // 2
                 release_cached_memory()
                 continue
-            blocks.append(block)
+            ranks, best, best_scores = block
+            blocks.append((query_metrics(positives.counts[start:stop], ranks, *absent), best, best_scores))
             bar.update(stop - start)
             start = stop
     of_blocks, indices, scores = zip(*blocks)
     values = QueryMetrics(*(np.concatenate(parts) for parts in zip(*of_blocks)))
-    values = apply_missing(values, len(gallery_ids), on_missing)
     metrics, cmc = summarise(values, missing, max_rank)
     return RetrievalResult(
         metrics=metrics,
@@ -322,12 +318,12 @@ def _check_missing(missing: np.ndarray, on_missing: str) -> None:
 
 def _ranked(
     rows: Rows, shards: Shards, positives: Positives, own: range, topk: int, start: int, stop: int
-) -> tuple[QueryMetrics, Tensor, Tensor]:
-    """Metrics, best positions and their scores of a range of queries; `own` are the gallery positions `rows` scores."""
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Ranks of the positives, best positions and their scores; `own` are the gallery positions `rows` scores."""
     bounds, positions = positives.of_queries(start, stop)
     columns = positions - own.start
     with shards.together():
-        block = _checked_rows(rows, start, stop, len(own))
+        block = checked_rows(rows, start, stop, len(own))
         scores = read_scores(block, bounds, columns)
         best_scores, best = (part.cpu() for part in best_of_rows(block, topk))
         best = best + own.start
@@ -344,17 +340,4 @@ def _ranked(
         everywhere = shards.gather(torch.nn.functional.pad(best, padding).numpy())
         best = torch.from_numpy(np.concatenate(everywhere, axis=1)).gather(1, order)[:, :topk].contiguous()
         best_scores = merged[:, :topk].to(best_scores.dtype)
-    return query_metrics(bounds, ranks), best, best_scores
-
-
-def _checked_rows(rows: Rows, start: int, stop: int, columns: int) -> Tensor:
-    """The scores of a range of queries, contiguous and in float32 or float64."""
-    block = rows(start, stop)
-    if not isinstance(block, Tensor) or not block.is_floating_point():
-        raise TypeError(f"rows must return floating-point tensors, got {getattr(block, 'dtype', type(block))}.")
-    if tuple(block.shape) != (stop - start, columns):
-        raise ValueError(f"rows({start}, {stop}) must return shape {[stop - start, columns]}, got {list(block.shape)}.")
-    block = block.detach()
-    block = (block if block.element_size() >= 4 else block.float()).contiguous()
-    check_scores(block, start)
-    return block
+    return ranks, best, best_scores
