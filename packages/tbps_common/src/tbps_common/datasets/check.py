@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from tbps_common.datasets.inventory import PUBLISHED, Inventory, take_inventory
+from tbps_common.datasets.inventory import INVENTORIES, PUBLISHED, Inventory
 from tbps_common.datasets.table import format_table
 from tbps_common.errors import DatasetError
 from tbps_common.images import find_damage, read_image
@@ -54,7 +54,7 @@ def check_dataset(
     Raises:
         DatasetError: the annotation files cannot be read at all.
     """
-    inventory = take_inventory(name, root)
+    inventory = INVENTORIES[name](Path(root))
     sizes = []
     for subset, counts in inventory.sizes.items():
         found = dict(zip(inventory.columns, counts))
@@ -78,6 +78,8 @@ def check_dataset(
     faults = _look_at_images(inventory, images, workers, progress)
     checked = 0 if images == "none" else len(inventory.images)
     problems = list(inventory.problems)
+    if not inventory.images:
+        problems.append(f"{name} in {os.fspath(root)} holds no record.")
     for kind, words in IMAGE_FAULTS.items():
         if words and faults[kind]:
             problems.append(f"{len(faults[kind])} of {checked} images are {words}.")
@@ -126,10 +128,10 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def count_long_captions(captions: Iterable[str], limit: int = CLIP_LENGTH, progress: bool = False) -> int | None:
-    """Captions with more than `limit` CLIP tokens, start and end token included; `None` without open_clip."""
+def count_long_captions(captions: Iterable[str], progress: bool = False) -> int | None:
+    """Captions with more than 77 CLIP tokens, start and end token included; `None` without open_clip."""
     # Each token stands for at least one character of plain text, which settles most short captions at once.
-    unsettled = [caption for caption in captions if len(caption) > limit - 2 or not caption.isascii()]
+    unsettled = [caption for caption in captions if len(caption) > CLIP_LENGTH - 2 or not caption.isascii()]
     if not unsettled:
         return 0
     try:
@@ -137,7 +139,9 @@ def count_long_captions(captions: Iterable[str], limit: int = CLIP_LENGTH, progr
     except ImportError:
         return None
     tokenizer = SimpleTokenizer()
-    return sum(len(tokenizer.encode(caption)) > limit - 2 for caption in _bar(unsettled, "counting tokens", progress))
+    return sum(
+        len(tokenizer.encode(caption)) > CLIP_LENGTH - 2 for caption in _bar(unsettled, "counting tokens", progress)
+    )
 
 
 def _look_at_images(
