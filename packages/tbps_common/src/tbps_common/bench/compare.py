@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from prettytable import PrettyTable
 
-from tbps_common.bench.methods import LIBRARIES, METHODS, bytes_per_query, fits, make_features, most_queries
+from tbps_common.bench.methods import LIBRARIES, METHODS, bytes_per_query, fits, make_features, most_queries, ours
 from tbps_common.bench.sizes import Sizes
 from tbps_common.bench.timer import linux_bytes, linux_entry, measure
 from tbps_common.errors import InputError
@@ -164,7 +164,7 @@ def _run(
     if needed := bytes_per_query(method, sizes):
         answer["estimated_mb"] = round(needed * sizes.queries / 1e6, 3)
     if answer["metrics"]:
-        own = METHODS["ours"](features, sizes, precision).metrics
+        own = ours(features, sizes, precision).metrics
         answer["agrees"] = all(abs(own[name] - value) <= AGREEMENT_PERCENT for name, value in answer["metrics"].items())
     return answer
 
