@@ -9,7 +9,7 @@ import torch
 
 from tbps_common.bench import __main__ as bench
 from tbps_common.bench.compare import compare, render
-from tbps_common.bench.methods import METHODS, make_features
+from tbps_common.bench.methods import METHODS, bytes_per_query, fits, make_features
 from tbps_common.bench.sizes import COMPARED, PRESETS, Sizes, chosen_sizes
 from tbps_common.bench.timer import difference, measure
 
@@ -25,18 +25,18 @@ def test_methods_agree(reduce):
     kind = "attributes" if reduce.startswith("attr") else "tokens"
     sizes = Sizes(**{**vars(TINY[kind]), "reduce": reduce})
     features = make_features(sizes, torch.device("cpu"))
-    expected = METHODS["ours"].run(features, sizes, "highest").metrics
+    expected = METHODS["ours"](features, sizes, "highest").metrics
     for name in ("naive", "broadcast"):
-        if METHODS[name].fits(sizes):
-            found = METHODS[name].run(features, sizes, "highest")
+        if fits(name, sizes):
+            found = METHODS[name](features, sizes, "highest")
             assert found == pytest.approx({metric: expected[metric] for metric in found}, abs=1e-3), name
-    assert METHODS["gemm"].run(features, sizes, "highest") is None
+    assert METHODS["gemm"](features, sizes, "highest") is None
 
 
 def test_single_vectors_agree():
     features = make_features(TINY["dot"], torch.device("cpu"))
-    expected = METHODS["ours"].run(features, TINY["dot"], "highest").metrics
-    found = METHODS["naive"].run(features, TINY["dot"], "highest")
+    expected = METHODS["ours"](features, TINY["dot"], "highest").metrics
+    found = METHODS["naive"](features, TINY["dot"], "highest")
     assert found == pytest.approx({metric: expected[metric] for metric in found}, abs=1e-3)
 
 
@@ -55,7 +55,7 @@ def test_features_are_the_same_in_every_process(kind):
 def test_command_with_real_processes(monkeypatch, tmp_path, capsys):
     # Memory for 5 queries of the naive form, so that its scaling is seen.
     sizes = TINY["dot"]
-    needed = METHODS["naive"].bytes_per_pair(sizes) * sizes.gallery
+    needed = bytes_per_query("naive", sizes)
     monkeypatch.setattr("tbps_common.bench.compare._free_memory", lambda device: int(5.5 * needed / 0.4))
     target = tmp_path / "new" / "bench.json"
     options = ["--queries", "15", "--gallery", "40", "--tokens", "1", "--dim", "16", "--positives", "2,5"]
@@ -88,10 +88,10 @@ def test_an_absent_library_is_no_error(monkeypatch):
 
 
 def test_a_broken_library_costs_only_its_own_figures(monkeypatch):
-    def answer(task):
-        if task["method"] == "faiss":
+    def answer(method, *arguments):
+        if method == "faiss":
             raise RuntimeError("The process that measures faiss ended with 1: ImportError")
-        return answer_without_process(task)
+        return answer_without_process(method, *arguments)
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("tbps_common.bench.compare._in_fresh_process", answer)
@@ -100,8 +100,9 @@ def test_a_broken_library_costs_only_its_own_figures(monkeypatch):
     assert "pml" in report["methods"]
 
 
-def answer_without_process(task):
-    return {"wall_s": 1.0, "cpu_s": 1.0, "peak_mb": 1.0, "threads": 1, "metrics": {}}
+def answer_without_process(method, sizes, queries, *settings):
+    run = {"queries": queries, "scaled": False}
+    return {**run, "wall_s": 1.0, "cpu_s": 1.0, "peak_mb": 1.0, "threads": 1, "metrics": {}}
 
 
 def test_every_name_of_the_command_line_is_a_method():
@@ -144,28 +145,30 @@ def test_sizes_can_be_changed():
     assert chosen_sizes("cuhk", {"tokens": 4}).reduce == "topk_mean"
 
 
+def test_a_reduction_that_does_not_fit(capsys):
+    assert bench.main(["--preset", "itcpr", "--reduce", "dot"]) == 2
+    captured = capsys.readouterr()
+    assert "--tokens 1" in captured.err and captured.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--queries", "0"], "--queries must be at least 1"),
-        (["--positives", "3,2"], "--positives must be LO,HI"),
-        (["--preset", "itcpr", "--reduce", "dot"], "--tokens 1"),
-        (["--repeats", "0"], "--repeats"),
-        (["--threads", "-1"], "--threads"),
+        (["--queries", "0"], "--queries: must be at least 1"),
+        (["--positives", "3,2"], "--positives: must be LO,HI"),
+        (["--positives", "a,b"], "--positives: must be LO,HI"),
+        (["--repeats", "0"], "--repeats: must be at least 1"),
+        (["--threads", "-1"], "--threads: must be at least 1"),
+        (["--against", "naive,guess"], "unknown method 'guess'"),
+        (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
     ],
 )
-def test_unusable_sizes(arguments, words, capsys):
-    assert bench.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err and captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments", [["--against", "naive,guess"], ["--positives", "a,b"], ["--preset", "huge"]])
-def test_unknown_words_end_in_usage(arguments, capsys):
+def test_unusable_flags_end_in_usage(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(arguments)
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "usage:" in captured.err and words in captured.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -344,9 +344,9 @@ def test_a_tree_of_the_published_size_is_called_ok(tmp_path: Path, monkeypatch) 
     make_raw(tmp_path, "RSTPReid")
     own = {subset: tuple(Size(count) for count in counts) for subset, counts in SIZES["RSTPReid"].items()}
     monkeypatch.setitem(PUBLISHED, "RSTPReid", own)
-    assert {row.verdict for row in check_dataset("RSTPReid", tmp_path, progress=False).rows} == {"OK"}
+    assert {row["verdict"] for row in check_dataset("RSTPReid", tmp_path, progress=False)["sizes"]} == {"OK"}
     monkeypatch.setitem(own, "val", (Size(1), Size(3), Size(4)))
-    verdicts = {row.subset: row.verdict for row in check_dataset("RSTPReid", tmp_path, progress=False).rows}
+    verdicts = {row["subset"]: row["verdict"] for row in check_dataset("RSTPReid", tmp_path, progress=False)["sizes"]}
     assert verdicts == {"train": "OK", "val": "DIFFERS", "test": "OK", "all": "OK"}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tbps_common.datasets import CUHKPEDES, DATASETS, ICFGPEDES, DatasetError, RSTPReid
-from tbps_common.datasets.check import check_dataset
+from tbps_common.datasets.check import as_text, check_dataset
 
 ANNOTATION = {"CUHK-PEDES": "reid_raw.json", "ICFG-PEDES": "ICFG-PEDES.json", "RSTPReid": "data_captions.json"}
 PATH_KEY = {"CUHK-PEDES": "file_path", "ICFG-PEDES": "file_path", "RSTPReid": "img_path"}
@@ -229,8 +229,8 @@ def test_unknown_splits_are_named_and_nothing_to_train_on_is_not_usable(
     assert dataset.unknown_splits == {split: 1} and len(dataset.val["captions"]) == 1
     assert f"1 records have the split {split!r}, which is neither train, test nor val" in caplog.text
     report = check_dataset(name, tmp_path, images="none", progress=False)
-    assert not report.usable and any("nothing to train on" in problem for problem in report.problems)
-    assert f"records with the split {split!r}, counted as val: 1" in report.as_text()
+    assert not report["usable"] and any("nothing to train on" in problem for problem in report["problems"])
+    assert f"records with the split {split!r}, counted as val: 1" in as_text(report)
 
 
 def test_the_three_known_splits_are_not_remarked_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,4 +241,4 @@ def test_the_three_known_splits_are_not_remarked_on(tmp_path: Path, caplog: pyte
         [record("CUHK-PEDES", split, 1 + i, f"{i}.png", ["a man"]) for i, split in enumerate(splits)],
     )
     assert not DATASETS["CUHK-PEDES"](tmp_path).unknown_splits and "split" not in caplog.text
-    assert check_dataset("CUHK-PEDES", tmp_path, images="none", progress=False).usable
+    assert check_dataset("CUHK-PEDES", tmp_path, images="none", progress=False)["usable"]

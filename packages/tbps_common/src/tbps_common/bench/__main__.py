@@ -10,8 +10,8 @@ import argparse
 import sys
 
 from tbps_common.bench.sizes import COMPARED, PRESETS, REDUCTIONS, chosen_sizes
-from tbps_common.errors import InputError
 from tbps_common.files import write_json
+from tbps_common.run.arguments import whole_number
 from tbps_common.run.command import command
 
 
@@ -23,21 +23,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), default="small", help="sizes to start from (default: small)"
     )
-    for name, text in (
-        ("queries", "number of queries"),
-        ("gallery", "number of gallery images"),
-        ("tokens", "tokens or attributes of an image (1: single vectors)"),
-        ("dim", "width of a vector"),
-    ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    count = whole_number(1)
+    parser.add_argument("--queries", type=count, metavar="N", help="number of queries")
+    parser.add_argument("--gallery", type=count, metavar="N", help="number of gallery images")
+    parser.add_argument(
+        "--tokens", type=count, metavar="N", help="tokens or attributes of an image (1: single vectors)"
+    )
+    parser.add_argument("--dim", type=count, metavar="N", help="width of a vector")
     parser.add_argument("--positives", type=_range, metavar="LO,HI", help="gallery images of one identity")
     parser.add_argument("--reduce", choices=REDUCTIONS, help="how tokens or attributes become one score")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to score (default: cpu)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--precision", choices=("highest", "tf32", "bfloat16"), default="highest")
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=count,
         default=3,
         metavar="N",
         help="calls of each method, of which the best counts (default: 3)",
@@ -56,9 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(",")
     try:
-        return int(low), int(high or low)
+        bounds = int(low), int(high or low)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected LO,HI (two integers), got {text!r}") from None
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise argparse.ArgumentTypeError(f"must be LO,HI (two integers, 1 <= LO <= HI), not {text!r}")
+    return bounds
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -76,10 +79,6 @@ def main(argv: list[str]) -> int:
         arguments.preset,
         {name: getattr(arguments, name) for name in ("queries", "gallery", "tokens", "dim", "positives", "reduce")},
     )
-    if arguments.repeats < 1:
-        raise InputError(f"--repeats must be at least 1, got {arguments.repeats}.")
-    if arguments.threads < 0:
-        raise InputError(f"--threads must be at least 1, got {arguments.threads}.")
 
     from tbps_common.bench.compare import compare, render
 

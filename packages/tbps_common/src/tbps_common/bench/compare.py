@@ -5,16 +5,15 @@ import multiprocessing
 import platform
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from prettytable import PrettyTable
 
-from tbps_common.bench.methods import METHODS, make_features
+from tbps_common.bench.methods import LIBRARIES, METHODS, bytes_per_query, fits, make_features, most_queries, ours
 from tbps_common.bench.sizes import Sizes
-from tbps_common.bench.timer import measure
+from tbps_common.bench.timer import linux_bytes, linux_entry, measure
 from tbps_common.errors import InputError
 from tbps_common.ranking import RetrievalResult
 
@@ -35,15 +34,6 @@ def compare(
 ) -> dict[str, Any]:
     """Measure the bare product, this package and the methods of `against`.
 
-    Args:
-        preset: name under which the sizes are reported.
-        sizes: shape of the data.
-        against: names of `methods.METHODS`.
-        device: `cpu` or `cuda`.
-        threads: CPU threads; 0 leaves the choice to torch.
-        precision: of the products.
-        repeats: calls of which the best counts.
-
     Returns:
         Plain types only. `methods[name]` has `wall_s`, `cpu_s` and `peak_mb` as measured, `queries` run, `scaled` (fewer
         than all), `metrics`, and `agrees` with this package on the same queries. `ratios` compare CPU seconds (wall
@@ -53,57 +43,37 @@ def compare(
         InputError: CUDA asked for where there is none.
         RuntimeError: the process of a method that needs no optional library failed.
     """
-    machine = {"cpu": _processor(), "device": _device_name(device), "torch": torch.__version__}
-    limit = _MEMORY_SHARE * _free_memory(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a CUDA device, and torch sees none; use --device cpu.")
+    memory = _MEMORY_SHARE * _free_memory(device)
     methods: dict[str, Any] = {}
     absent: dict[str, str] = {}
-    per_query: dict[str, list[float]] = {}
-    used_threads = threads
     for name in dict.fromkeys(("gemm", "ours", *against)):
-        method = METHODS[name]
-        if not method.fits(sizes):
+        libraries = LIBRARIES.get(name, ())
+        if not fits(name, sizes):
             absent[name] = f"cannot score reduce={sizes.reduce}"
-            continue
-        if any(importlib.util.find_spec(library) is None for library in method.needs):
+        elif any(importlib.util.find_spec(library) is None for library in libraries):
             absent[name] = "not installed"
-            continue
-        if device != "cpu" and name not in ("gemm", "ours", "naive"):
+        elif device != "cpu" and name not in ("gemm", "ours", "naive"):
             absent[name] = "compared on CPU only"
-            continue
-        estimate = method.bytes_per_pair(sizes) * sizes.gallery
-        fit = int(limit // estimate) if estimate else sizes.queries
-        queries = max(1, int(min(sizes.queries, fit, method.query_limit(sizes))))
-        task = {
-            "method": name,
-            "sizes": sizes,
-            "device": device,
-            "threads": threads,
-            "precision": precision,
-            "repeats": repeats,
-            "queries": queries,
-        }
-        try:
-            answer = _in_fresh_process(task)
-        except RuntimeError as error:
-            if not method.needs:
-                raise
-            absent[name] = str(error)  # an optional library that is broken must not cost the other figures
-            continue
-        used_threads = answer.pop("threads")
-        per_query = answer.pop("per_query", per_query)
-        methods[name] = {**answer, "queries": queries, "scaled": queries < sizes.queries}
-        if estimate:
-            methods[name]["estimated_mb"] = round(estimate * sizes.queries / 1e6, 3)
-        if methods[name]["metrics"]:
-            own = _metrics_of_first(per_query, queries)
-            found = methods[name]["metrics"]
-            methods[name]["agrees"] = all(
-                abs(found[metric] - value) <= AGREEMENT_PERCENT for metric, value in own.items() if metric in found
-            )
+        else:
+            queries = most_queries(name, sizes, memory)
+            try:
+                methods[name] = _in_fresh_process(name, sizes, queries, device, threads, precision, repeats)
+            except RuntimeError as error:
+                if not libraries:
+                    raise
+                absent[name] = str(error)  # an optional library that is broken must not cost the other figures
+    used_threads = [entry.pop("threads") for entry in methods.values()]
     return {
         "preset": preset,
-        "sizes": sizes.as_dict(),
-        "machine": {**machine, "threads": used_threads},
+        "sizes": asdict(sizes),
+        "machine": {
+            "cpu": linux_entry("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "threads": used_threads[-1],
+        },
         "precision": precision,
         "repeats": repeats,
         "methods": methods,
@@ -159,63 +129,50 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _device_name(device: str) -> str:
-    if device == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise InputError("--device cuda needs a CUDA device, and torch sees none; use --device cpu.")
-    return torch.cuda.get_device_name()
-
-
-def _in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
+def _in_fresh_process(method: str, *arguments: Any) -> dict[str, Any]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(run, task).result()
+            return pool.submit(_run, method, *arguments).result()
         except Exception as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise RuntimeError(f"The process that measures {task['method']} failed: {cause}") from error
+            raise RuntimeError(f"The process that measures {method} failed: {cause}") from error
 
 
-def run(task: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    method: str, sizes: Sizes, queries: int, device: str, threads: int, precision: str, repeats: int
+) -> dict[str, Any]:
     """Measure one method in this process, which must be a fresh one: its peak counts memory above the features."""
-    if task["threads"]:
-        torch.set_num_threads(task["threads"])
-    sizes, device, count = task["sizes"], torch.device(task["device"]), task["queries"]
-    features = make_features(sizes, device)
-    features = replace(features, query=features.query[:count], q_pids=features.q_pids[:count])
-    outcomes = []
-    (cost,) = measure(
-        {"": lambda: outcomes.append(METHODS[task["method"]].run(features, sizes, task["precision"]))},
-        repeats=task["repeats"],
-        device=device,
-        warm_up=device.type == "cuda",
-    ).values()
-    outcome = outcomes[-1]
+    if threads:
+        torch.set_num_threads(threads)
+    features = make_features(sizes, torch.device(device))
+    features = replace(features, query=features.query[:queries], q_pids=features.q_pids[:queries])
+    found: list[Any] = []
+
+    def run() -> None:
+        found[:] = [METHODS[method](features, sizes, precision)]
+
+    cost = measure({method: run}, repeats=repeats, device=device, warm_up=device == "cuda")[method]
     answer = {
         "wall_s": cost.wall_s,
         "cpu_s": cost.cpu_s,
         "peak_mb": cost.peak_mib * 2**20 / 1e6,
+        "queries": queries,
+        "scaled": queries < sizes.queries,
         "threads": torch.get_num_threads(),
-        "metrics": outcome or {},
+        "metrics": found[0].metrics if isinstance(found[0], RetrievalResult) else found[0] or {},
     }
-    if isinstance(outcome, RetrievalResult):
-        answer["metrics"] = outcome.metrics
-        answer["per_query"] = {name: getattr(outcome, name).tolist() for name in ("ap", "inp", "first_rank")}
+    if needed := bytes_per_query(method, sizes):
+        answer["estimated_mb"] = round(needed * sizes.queries / 1e6, 3)
+    if answer["metrics"]:
+        own = ours(features, sizes, precision).metrics
+        answer["agrees"] = all(abs(own[name] - value) <= AGREEMENT_PERCENT for name, value in answer["metrics"].items())
     return answer
-
-
-def _metrics_of_first(per_query: dict[str, list[float]], queries: int) -> dict[str, float]:
-    ap, inp, first = (per_query[name][:queries] for name in ("ap", "inp", "first_rank"))
-    metrics = {f"R{k}": 100.0 * sum(rank <= k for rank in first) / queries for k in (1, 5, 10)}
-    return {**metrics, "mAP": 100.0 * sum(ap) / queries, "mINP": 100.0 * sum(inp) / queries}
 
 
 def _ratios(methods: dict[str, Any], queries: int, clock: str) -> dict[str, float]:
     full = {name: entry[clock] * queries / entry["queries"] for name, entry in methods.items()}
     ratios = {"ours_over_gemm": full["ours"] / full["gemm"]}
-    for name in methods:
-        if name in ("gemm", "ours"):
-            continue
+    for name in [*methods][2:]:  # after the product and ours
         ratios[f"{name}_over_ours"] = full[name] / full["ours"]
         ratios[f"ours_over_{name}"] = full["ours"] / full[name]
         if not methods[name]["scaled"] and methods[name]["peak_mb"]:
@@ -226,20 +183,4 @@ def _ratios(methods: dict[str, Any], queries: int, clock: str) -> dict[str, floa
 def _free_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 << 30  # not Linux: a laptop's worth
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return linux_bytes("/proc/meminfo", "MemAvailable") or 8 << 30  # not Linux: a laptop's worth

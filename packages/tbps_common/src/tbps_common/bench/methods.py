@@ -17,7 +17,14 @@ from tbps_common.bench.sizes import Sizes
 from tbps_common.ranking import RetrievalResult, retrieve
 from tbps_common.ranking.compute import operand, products
 
+Metrics = dict[str, float]
+"""In percent, those of `R1 R5 R10 mAP mINP` that a method computes."""
+
 SEED = 20250711
+TOPK = 10
+TOKENS_AVERAGED = 6
+BROADCAST_IMAGES = 500  # in one block, as in the released FAFA code
+_PRODUCT_BYTES = 1 << 24
 _CHUNK_ELEMENTS = 1 << 24
 # Tokens of an image that show its person; the others are noise.
 _TELLING_TOKENS = 8
@@ -77,19 +84,6 @@ def _around(
             part[:, :telling] += own.unsqueeze(1)
         part.div_(part.norm(dim=-1, keepdim=True))
     return features
-
-
-BROADCAST_IMAGES = 500
-"""Images in one block of the broadcast form, as in the released FAFA code."""
-
-
-TOPK = 10
-TOKENS_AVERAGED = 6
-_PRODUCT_BYTES = 1 << 24
-
-
-Metrics = dict[str, float]
-"""In percent, those of `R1 R5 R10 mAP mINP` that a method computes."""
 
 
 def product(features: Features, sizes: Sizes, precision: str) -> None:
@@ -226,48 +220,40 @@ def with_pml(features: Features, sizes: Sizes, precision: str) -> Metrics:
     return {"R1": 100.0 * found["precision_at_1"], "mAP": 100.0 * found["mean_average_precision"]}
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to the metrics.
-
-    Attributes:
-        run: takes features, sizes and precision.
-        needs: import names of the optional libraries it needs.
-        bytes_per_pair: working memory for one query and one image, for the estimate that scales the queries down.
-        query_limit: most queries worth running; the rest of the cost is proportional.
-        fits: whether it can score this kind of features.
-    """
-
-    run: Callable[[Features, Sizes, str], Metrics | RetrievalResult | None]
-    needs: tuple[str, ...] = ()
-    bytes_per_pair: Callable[[Sizes], int] = lambda sizes: 0
-    query_limit: Callable[[Sizes], float] = lambda sizes: math.inf
-    fits: Callable[[Sizes], bool] = lambda sizes: True
-
-
-def _single(sizes: Sizes) -> bool:
-    return sizes.reduce == "dot"
-
-
-def _naive_bytes(sizes: Sizes) -> int:
-    # Scores, int64 order and the sort's copies, identities in order, matches, their running sum and its products; and
-    # one score for every token before the reduction.
-    return 60 + (4 * sizes.tokens if sizes.tokens > 1 else 0)
-
-
-METHODS: dict[str, Method] = {
-    "gemm": Method(product),
-    "ours": Method(ours),
-    "naive": Method(naive, bytes_per_pair=_naive_bytes),
-    "broadcast": Method(
-        broadcast,
-        query_limit=lambda sizes: max(1, (1 << 32) // (sizes.gallery * sizes.tokens * sizes.dim)),
-        fits=lambda sizes: sizes.tokens > 1 and not sizes.reduce.startswith("attr_"),
-    ),
-    "torchmetrics": Method(
-        with_torchmetrics, needs=("torchmetrics",), bytes_per_pair=lambda sizes: _naive_bytes(sizes) + 20
-    ),
-    "faiss": Method(with_faiss, needs=("faiss",), fits=_single),
-    "pml": Method(with_pml, needs=("pytorch_metric_learning", "faiss"), bytes_per_pair=lambda sizes: 100, fits=_single),
+METHODS: dict[str, Callable[[Features, Sizes, str], Metrics | RetrievalResult | None]] = {
+    "gemm": product,
+    "ours": ours,
+    "naive": naive,
+    "broadcast": broadcast,
+    "torchmetrics": with_torchmetrics,
+    "faiss": with_faiss,
+    "pml": with_pml,
 }
 """`gemm`, the bare product, and `ours` always run; the others are chosen with `--against`."""
+
+LIBRARIES = {"torchmetrics": ("torchmetrics",), "faiss": ("faiss",), "pml": ("pytorch_metric_learning", "faiss")}
+"""Import names of the optional libraries a method needs."""
+
+
+def fits(method: str, sizes: Sizes) -> bool:
+    """Whether a method can score this kind of features."""
+    if method == "broadcast":
+        return sizes.tokens > 1 and not sizes.reduce.startswith("attr_")
+    return sizes.reduce == "dot" or method not in ("faiss", "pml")
+
+
+def bytes_per_query(method: str, sizes: Sizes) -> int:
+    """Working memory that grows with the queries; 0 where it does not."""
+    # Scores, int64 order and the sort's copies, identities in order, matches, their running sum and its products; and
+    # one score for every token before the reduction.
+    naive_bytes = 60 + (4 * sizes.tokens if sizes.tokens > 1 else 0)
+    return sizes.gallery * {"naive": naive_bytes, "torchmetrics": naive_bytes + 20, "pml": 100}.get(method, 0)
+
+
+def most_queries(method: str, sizes: Sizes, memory: float) -> int:
+    """Queries worth running in so many bytes; the rest of the cost is proportional."""
+    needed = bytes_per_query(method, sizes)
+    limit = memory // needed if needed else sizes.queries
+    if method == "broadcast":
+        limit = (1 << 32) // (sizes.gallery * sizes.tokens * sizes.dim)
+    return max(1, min(sizes.queries, int(limit)))

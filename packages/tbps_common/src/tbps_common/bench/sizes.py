@@ -1,7 +1,7 @@
 """Sizes of the benchmark's data sets, and the names of what is compared; light, for the command line."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tbps_common.errors import InputError
@@ -27,9 +27,6 @@ class Sizes:
     positives: tuple[int, int]
     reduce: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "positives": list(self.positives)}
-
 
 PRESETS = {
     "itcpr": Sizes(2202, 20510, 32, 256, (1, 3), "topk_mean"),
@@ -54,15 +51,9 @@ def chosen_sizes(preset: str, changes: Mapping[str, Any]) -> Sizes:
     """A preset with the given sizes put in place of its own; `None` keeps the preset's.
 
     Raises:
-        InputError: sizes below 1, positives out of order, or a reduction that does not fit the number of tokens.
+        InputError: the reduction does not fit the number of tokens.
     """
     sizes = replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
-    for name in ("queries", "gallery", "tokens", "dim"):
-        if getattr(sizes, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(sizes, name)}.")
-    low, high = sizes.positives
-    if not 1 <= low <= high:
-        raise InputError(f"--positives must be LO,HI with 1 <= LO <= HI, got {low},{high}.")
     if changes.get("reduce") is None and changes.get("tokens") is not None:
         if sizes.tokens == 1:
             sizes = replace(sizes, reduce="dot")

@@ -1,10 +1,8 @@
 """Seconds and peak memory of callables that do the same thing in different ways: the one timer of all benchmarks.
 
-    costs = measure({"direct": direct, "ours": ours}, repeats=5, device=device)
-    costs["ours"].milliseconds, costs["direct"].seconds / costs["ours"].seconds, costs["ours"].peak_mib
-    assert difference(direct(), ours()) <= 1e-5      # a saving that changes the result is none
-
-Nothing but the standard library is imported until a device or a tensor is looked at.
+costs = measure({"direct": direct, "ours": ours}, repeats=5, device=device)
+costs["ours"].milliseconds, costs["direct"].seconds / costs["ours"].seconds, costs["ours"].peak_mib
+assert difference(direct(), ours()) <= 1e-5      # a saving that changes the result is none
 """
 
 import gc
@@ -15,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def measure(
             wall, cpu = time.perf_counter(), time.process_time()
             run()
             if on_gpu:
-                _cuda().synchronize(device)
+                torch.cuda.synchronize(device)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if turn >= warm_up:
                 runs[name].append((wall, cpu, max(0.0, (_peak(on_gpu, device) - before) / 2**20)))
@@ -81,38 +81,37 @@ def difference(first: Any, second: Any) -> float:
     return abs(first - second)
 
 
-def _cuda() -> Any:
-    import torch
-
-    return torch.cuda
-
-
 def _forget_peak(on_gpu: bool, device: Any) -> int:
     """Forget the peak so far; returns the bytes in use now."""
     gc.collect()
     if on_gpu:
-        _cuda().synchronize(device)
-        _cuda().reset_peak_memory_stats(device)
-        return _cuda().memory_allocated(device)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status("VmRSS")
     except OSError:
         return _peak(on_gpu, device)
+    return linux_bytes("/proc/self/status", "VmRSS")
 
 
 def _peak(on_gpu: bool, device: Any) -> int:
     if on_gpu:
-        return _cuda().max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
+    # Not Linux: the process's own maximum, which cannot be reset, so the difference may be too small.
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return linux_bytes("/proc/self/status", "VmHWM") or (maximum if sys.platform == "darwin" else maximum * 1024)
+
+
+def linux_bytes(file: str, field: str) -> int:
+    """An entry that Linux gives in kB; 0 where there is none."""
+    return 1024 * int(linux_entry(file, field).removesuffix("kB") or 0)
+
+
+def linux_entry(file: str, field: str) -> str:
+    """The first `field: text` of a file under /proc; empty where there is none."""
     try:
-        return _status("VmHWM")
-    except OSError:  # not Linux: the process's own maximum, which cannot be reset, so the difference may be too small
-        maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return maximum if sys.platform == "darwin" else maximum * 1024
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}.")
+        content = Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in content.splitlines() if line.startswith(field)), "")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Files, Folder, Identity, Record, as_list, iter_records, many_objects
+from tbps_common.datasets.json_records import Files, Folder, Identity, Record, as_list, iter_records
 
 logger = logging.getLogger("tbps_common.datasets")
 
@@ -81,12 +81,11 @@ def read_chatpedes(
         DatasetError: a file or record cannot be used.
     """
     folder = Folder(image_root)
-    with many_objects():
-        for file in as_list(files):
-            for record in iter_records(file):
-                path, identity = record.path("file_path", folder), record.identity("id")
-                where = f"{record.file}: record {record.number} (counted from 0)"
-                yield ChatPedesImage(path, identity, _dialogues(record, pairs_only), where)
+    for file in as_list(files):
+        for record in iter_records(file):
+            path, identity = record.path("file_path", folder), record.identity("id")
+            where = f"{record.file}: record {record.number} (counted from 0)"
+            yield ChatPedesImage(path, identity, _dialogues(record, pairs_only), where)
 
 
 def turn_problem(turn: object, *, pairs_only: bool = False) -> str | None:

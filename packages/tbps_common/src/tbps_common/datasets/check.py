@@ -3,121 +3,31 @@
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from tbps_common.datasets.inventory import PUBLISHED, Inventory, Size, take_inventory
+from tbps_common.datasets.inventory import INVENTORIES, PUBLISHED, Inventory
 from tbps_common.datasets.table import format_table
 from tbps_common.errors import DatasetError
 from tbps_common.images import find_damage, read_image
 
 ImageCheck = Literal["none", "exist", "decode"]
-ImageFaults = dict[str, dict[str, str]]
-"""Kind of fault -> path -> cause."""
 
 CLIP_LENGTH = 77
 EXAMPLES = 10
 BATCH = 100  # images per task: a task per image would cost more than looking whether the image exists
 
-# What makes the data unusable, as the end of a sentence. A truncated image does not: it is read, a part black or grey.
-_PROBLEM = {
+# Kinds of faults; what makes the data unusable is the end of a sentence. A truncated image does not: it is read, a part
+# black or grey.
+IMAGE_FAULTS = {
     "missing": "missing",
     "corrupt": "corrupt",
+    "truncated": "",
     "outside": "links to files outside their image folder; link the folder instead",
 }
-
-
-@dataclass
-class SizeRow:
-    """Counts of one subset beside the published ones; `verdict` is "-" where nothing is published."""
-
-    subset: str
-    found: tuple[int, ...]
-    published: tuple[Size | None, ...]
-
-    @property
-    def verdict(self) -> str:
-        known = [(size, count) for size, count in zip(self.published, self.found) if size is not None]
-        if not known:
-            return "-"
-        return "OK" if all(size.fits(count) for size, count in known) else "DIFFERS"
-
-
-@dataclass
-class Report:
-    """Result of `check_dataset`; the data are usable if there is no problem."""
-
-    dataset: str
-    root: str
-    columns: tuple[str, ...]
-    rows: list[SizeRow]
-    counts: dict[str, int | None]
-    image_check: ImageCheck
-    images_checked: int
-    image_faults: ImageFaults
-    problems: list[str]
-
-    @property
-    def usable(self) -> bool:
-        return not self.problems
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values for a file; the lists of images hold the first ten."""
-        return {
-            "dataset": self.dataset,
-            "root_dir": self.root,
-            "usable": self.usable,
-            "sizes": [
-                {
-                    "subset": row.subset,
-                    "found": dict(zip(self.columns, row.found)),
-                    "published": {c: size.value for c, size in zip(self.columns, row.published) if size is not None},
-                    "verdict": row.verdict,
-                }
-                for row in self.rows
-            ],
-            "counts": self.counts,
-            "images": {
-                "mode": self.image_check,
-                "checked": self.images_checked,
-                **{
-                    kind: {"count": len(found), "first": dict(list(found.items())[:EXAMPLES])}
-                    for kind, found in self.image_faults.items()
-                },
-            },
-            "problems": self.problems,
-        }
-
-    def as_text(self) -> str:
-        """The size table, the findings and the verdict, for people."""
-        table = [
-            (
-                row.subset,
-                *row.found,
-                " / ".join("-" if size is None else str(size) for size in row.published),
-                row.verdict,
-            )
-            for row in self.rows
-        ]
-        lines = [
-            f"{self.dataset} in {self.root}",
-            format_table(("subset", *self.columns, "published", "verdict"), table),
-        ]
-        for what, count in self.counts.items():
-            lines.append(f"{what}: {'not counted (install open_clip_torch)' if count is None else f'{count:,}'}")
-        if self.image_check != "none":
-            done = {"exist": "looked for", "decode": "decoded"}[self.image_check]
-            lines.append(f"images {done}: {self.images_checked:,}")
-        for kind, found in self.image_faults.items():
-            if found:
-                lines.append(f"{kind} images: {len(found):,}")
-                lines += [f"  {path}: {cause}" for path, cause in list(found.items())[:EXAMPLES]]
-                lines += ["  ..."] if len(found) > EXAMPLES else []
-        lines += [f"problem: {problem}" for problem in self.problems]
-        lines.append("usable" if self.usable else "not usable")
-        return "\n".join(lines)
 
 
 def check_dataset(
@@ -126,7 +36,7 @@ def check_dataset(
     images: ImageCheck = "exist",
     workers: int | None = None,
     progress: bool = True,
-) -> Report:
+) -> dict[str, Any]:
     """Load a data set by its reader and look at its sizes, captions, ids and images.
 
     Args:
@@ -137,16 +47,29 @@ def check_dataset(
         workers: threads that look at images; as many as processors, at most 8, by default.
         progress: show bars on a terminal.
 
+    Returns:
+        What `--json` writes: `usable` (there are no `problems`), `sizes` beside the published ones (`verdict` is "-" where
+        nothing is published), `counts`, and `images` with the number and the first ten of every kind of fault.
+
     Raises:
         DatasetError: the annotation files cannot be read at all.
     """
-    inventory = take_inventory(name, root)
-    rows = []
-    for subset, found in inventory.sizes.items():
-        sizes = PUBLISHED[name].get(subset, ())
-        rows.append(SizeRow(subset, found, sizes + (None,) * (len(found) - len(sizes))))
+    inventory = INVENTORIES[name](Path(root))
+    sizes = []
+    for subset, counts in inventory.sizes.items():
+        found = dict(zip(inventory.columns, counts))
+        published = {column: size for column, size in zip(found, PUBLISHED[name].get(subset, ())) if size is not None}
+        verdict = "OK" if all(size.fits(found[column]) for column, size in published.items()) else "DIFFERS"
+        sizes.append(
+            {
+                "subset": subset,
+                "found": found,
+                "published": {column: size.value for column, size in published.items()},
+                "verdict": verdict if published else "-",
+            }
+        )
     captions = inventory.captions
-    counts: dict[str, int | None] = {
+    findings: dict[str, int | None] = {
         **inventory.counts,
         "empty captions": sum(not caption.strip() for caption in captions),
         "duplicate captions": len(captions) - len(set(captions)),
@@ -155,16 +78,60 @@ def check_dataset(
     faults = _look_at_images(inventory, images, workers, progress)
     checked = 0 if images == "none" else len(inventory.images)
     problems = list(inventory.problems)
-    for kind, words in _PROBLEM.items():
-        if faults[kind]:
+    if not inventory.images:
+        problems.append(f"{name} in {os.fspath(root)} holds no record.")
+    for kind, words in IMAGE_FAULTS.items():
+        if words and faults[kind]:
             problems.append(f"{len(faults[kind])} of {checked} images are {words}.")
-    return Report(name, os.fspath(root), inventory.columns, rows, counts, images, checked, faults, problems)
+    return {
+        "dataset": name,
+        "root_dir": os.fspath(root),
+        "usable": not problems,
+        "sizes": sizes,
+        "counts": findings,
+        "images": {
+            "mode": images,
+            "checked": checked,
+            **{
+                kind: {"count": len(found), "first": dict(list(found.items())[:EXAMPLES])}
+                for kind, found in faults.items()
+            },
+        },
+        "problems": problems,
+    }
 
 
-def count_long_captions(captions: Iterable[str], limit: int = CLIP_LENGTH, progress: bool = False) -> int | None:
-    """Captions with more than `limit` CLIP tokens, start and end token included; `None` without open_clip."""
+def as_text(report: dict[str, Any]) -> str:
+    """The size table, the findings and the verdict of `check_dataset`, for people."""
+    columns = list(report["sizes"][0]["found"]) if report["sizes"] else []
+    table = []
+    for row in report["sizes"]:
+        sizes = PUBLISHED[report["dataset"]].get(row["subset"], ())
+        published = " / ".join("-" if size is None else str(size) for size, _ in zip_longest(sizes, columns))
+        table.append((row["subset"], *row["found"].values(), published, row["verdict"]))
+    lines = [
+        f"{report['dataset']} in {report['root_dir']}",
+        format_table(("subset", *columns, "published", "verdict"), table),
+    ]
+    for what, count in report["counts"].items():
+        lines.append(f"{what}: {'not counted (install open_clip_torch)' if count is None else f'{count:,}'}")
+    images = report["images"]
+    if images["mode"] != "none":
+        lines.append(f"images {'looked for' if images['mode'] == 'exist' else 'decoded'}: {images['checked']:,}")
+    for kind in IMAGE_FAULTS:
+        if images[kind]["count"]:
+            lines.append(f"{kind} images: {images[kind]['count']:,}")
+            lines += [f"  {path}: {cause}" for path, cause in images[kind]["first"].items()]
+            lines += ["  ..."] if images[kind]["count"] > EXAMPLES else []
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    lines.append("usable" if report["usable"] else "not usable")
+    return "\n".join(lines)
+
+
+def count_long_captions(captions: Iterable[str], progress: bool = False) -> int | None:
+    """Captions with more than 77 CLIP tokens, start and end token included; `None` without open_clip."""
     # Each token stands for at least one character of plain text, which settles most short captions at once.
-    unsettled = [caption for caption in captions if len(caption) > limit - 2 or not caption.isascii()]
+    unsettled = [caption for caption in captions if len(caption) > CLIP_LENGTH - 2 or not caption.isascii()]
     if not unsettled:
         return 0
     try:
@@ -172,11 +139,16 @@ def count_long_captions(captions: Iterable[str], limit: int = CLIP_LENGTH, progr
     except ImportError:
         return None
     tokenizer = SimpleTokenizer()
-    return sum(len(tokenizer.encode(caption)) > limit - 2 for caption in _bar(unsettled, "counting tokens", progress))
+    return sum(
+        len(tokenizer.encode(caption)) > CLIP_LENGTH - 2 for caption in _bar(unsettled, "counting tokens", progress)
+    )
 
 
-def _look_at_images(inventory: Inventory, mode: ImageCheck, workers: int | None, progress: bool) -> ImageFaults:
-    faults: ImageFaults = {"missing": {}, "corrupt": {}, "truncated": {}, "outside": {}}
+def _look_at_images(
+    inventory: Inventory, mode: ImageCheck, workers: int | None, progress: bool
+) -> dict[str, dict[str, str]]:
+    """Kind of fault -> path -> cause."""
+    faults: dict[str, dict[str, str]] = {kind: {} for kind in IMAGE_FAULTS}
     if mode == "none":
         return faults
     real_folder = {folder: os.path.realpath(folder) for folder in set(inventory.images.values())}
@@ -187,7 +159,7 @@ def _look_at_images(inventory: Inventory, mode: ImageCheck, workers: int | None,
             if not os.path.isfile(path):
                 cause = "it is not a file" if os.path.exists(path) else "the file does not exist"
                 found.append((path, "missing", cause))
-            elif os.path.islink(path) and not _inside(os.path.realpath(path), real_folder[inventory.images[path]]):
+            elif os.path.islink(path) and not Path(path).resolve().is_relative_to(real_folder[inventory.images[path]]):
                 found.append((path, "outside", f"links to {os.path.realpath(path)}"))
             elif mode == "decode":
                 found.append((path, "corrupt", find_damage(path)))
@@ -212,10 +184,6 @@ def _look_at_images(inventory: Inventory, mode: ImageCheck, workers: int | None,
             continue
         faults["truncated"][path] = faults["corrupt"].pop(path)
     return faults
-
-
-def _inside(path: str, folder: str) -> bool:
-    return os.path.commonpath((path, folder)) == folder
 
 
 def _bar(items: Iterable[Any], title: str, progress: bool, total: int | None = None) -> Iterable[Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 
 from tbps_common.errors import DatasetError
+from tbps_common.run.arguments import whole_number
 from tbps_common.run.command import EXIT_FAILURE
 
 RAW_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument(
         "--workers",
-        type=_positive,
+        type=whole_number(1),
         metavar="N",
         help="threads that check images (default: one per processor, at most 8)",
     )
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from tbps_common.datasets.check import check_dataset
+    from tbps_common.datasets.check import as_text, check_dataset
     from tbps_common.files import write_json
 
     try:
@@ -84,10 +85,10 @@ def _check(arguments: argparse.Namespace) -> int:
             unread = {"dataset": arguments.dataset, "root_dir": arguments.root_dir, "usable": False}
             write_json(arguments.json, {**unread, "problems": [str(error)]})
         raise
-    print(report.as_text())
+    print(as_text(report))
     if arguments.json:
-        write_json(arguments.json, report.as_json())
-    return 0 if report.usable else EXIT_FAILURE
+        write_json(arguments.json, report)
+    return 0 if report["usable"] else EXIT_FAILURE
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -99,9 +100,3 @@ def _convert(arguments: argparse.Namespace) -> int:
         link = link_images(arguments.dataset, arguments.root_dir, arguments.link_images)
         print(f"{link} -> {os.path.realpath(link)}")
     return 0
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)

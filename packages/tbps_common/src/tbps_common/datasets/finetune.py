@@ -9,16 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbps_common.datasets.json_records import (
-    Files,
-    Folder,
-    Identity,
-    as_list,
-    iter_records,
-    many_objects,
-    warn_of_empty,
-)
-from tbps_common.datasets.raw import DATASETS, RawDataset
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
+from tbps_common.datasets.raw import DATASETS
 from tbps_common.errors import InputError
 from tbps_common.files import write_text
 
@@ -76,32 +68,28 @@ def load_processed_train(
     file_of: dict[Identity, int] = {}
     entries = [files] if isinstance(files, str | os.PathLike | Mapping) else list(files)
     names = as_list([entry["file"] if isinstance(entry, Mapping) else entry for entry in entries])
-    with many_objects():
-        for number, (file, entry) in enumerate(zip(names, entries)):
-            marks = entry if isinstance(entry, Mapping) else {}
-            own_ids, folder = bool(marks.get("own_ids")), Folder(marks.get("image_root") or image_root)
-            start, shared = len(captions), dict[int, set[Identity]]()
-            for record in iter_records(file):
-                if type(record.fields.get("caption")) is list:
-                    raise record.error(
-                        "caption", "holds a list, as evaluation files do; a training file has one string"
-                    )
-                image_paths.append(record.path("image", folder))
-                captions.append(record.text("caption"))
-                identity = record.identity("image_id")
-                labels.append(label_of.setdefault((number if own_ids else -1, identity), len(label_of)))
-                if not own_ids and (first := file_of.setdefault(identity, number)) != number:
-                    shared.setdefault(first, set()).add(identity)
-            warn_of_empty(file, captions[start:])
-            for first, identities in shared.items():
-                logger.warning(
-                    "%d image_id(s) of %s stand in %s too and count as the same people; if they are other people, write "
-                    "the entry as {file: %s, own_ids: True}",
-                    len(identities),
-                    file,
-                    names[first],
-                    file,
-                )
+    for number, (file, entry) in enumerate(zip(names, entries)):
+        marks = entry if isinstance(entry, Mapping) else {}
+        own_ids, folder = bool(marks.get("own_ids")), Folder(marks.get("image_root") or image_root)
+        shared: dict[int, set[Identity]] = {}
+        for record in iter_records(file, "caption"):
+            if type(record.fields.get("caption")) is list:
+                raise record.error("caption", "holds a list, as evaluation files do; a training file has one string")
+            image_paths.append(record.path("image", folder))
+            captions.append(record.text("caption"))
+            identity = record.identity("image_id")
+            labels.append(label_of.setdefault((number if own_ids else -1, identity), len(label_of)))
+            if not own_ids and (first := file_of.setdefault(identity, number)) != number:
+                shared.setdefault(first, set()).add(identity)
+        for first, identities in shared.items():
+            logger.warning(
+                "%d image_id(s) of %s stand in %s too and count as the same people; if they are other people, write "
+                "the entry as {file: %s, own_ids: True}",
+                len(identities),
+                file,
+                names[first],
+                file,
+            )
     return ProcessedTrain(image_paths, captions, labels, len(label_of))
 
 
@@ -113,16 +101,14 @@ def load_processed_eval(file: str | os.PathLike[str], image_root: str | os.PathL
     """
     folder = Folder(image_root)
     result = ProcessedEval([], [], [], [])
-    with many_objects():
-        for record in iter_records(file):
-            if type(record.fields.get("caption")) is str:
-                raise record.error("caption", "holds a string, as training files do; an evaluation file has a list")
-            captions, pid = record.texts("caption"), record.integer("image_id")
-            result.image_paths.append(record.path("image", folder))
-            result.captions.extend(captions)
-            result.g_pids.append(pid)
-            result.q_pids.extend([pid] * len(captions))
-    warn_of_empty(file, result.captions)
+    for record in iter_records(file, "caption"):
+        if type(record.fields.get("caption")) is str:
+            raise record.error("caption", "holds a string, as training files do; an evaluation file has a list")
+        captions, pid = record.texts("caption"), record.integer("image_id")
+        result.image_paths.append(record.path("image", folder))
+        result.captions.extend(captions)
+        result.g_pids.append(pid)
+        result.q_pids.extend([pid] * len(captions))
     return result
 
 
@@ -145,15 +131,20 @@ def convert_to_finetune(name: str, root: str | os.PathLike[str], out: str | os.P
         OSError: a file cannot be written; each file is whole or not there.
     """
     dataset = DATASETS[name](root, verbose=False)
-    splits = {"train": _training(dataset), "val": _evaluation(dataset, "val"), "test": _evaluation(dataset, "test")}
-    if "val" not in FINETUNE_SPLITS[name] and splits["val"]:
+    annotations = {"train": dataset.train_annos, "val": dataset.val_annos, "test": dataset.test_annos}
+    if "val" not in FINETUNE_SPLITS[name] and dataset.val_annos:
         logger.warning(
-            "%s: %d validation images are left out: %s has none as published", root, len(splits["val"]), name
+            "%s: %d validation images are left out: %s has none as published", root, len(dataset.val_annos), name
         )
     written = []
     for split in FINETUNE_SPLITS[name]:
         path = Path(out, f"{FINETUNE_PREFIX[name]}_{split}.json")
-        write_text(path, one_record_per_line(splits[split]))
+        records = (
+            {"image": record[dataset.path_key], "caption": caption, "image_id": int(record["id"])}
+            for record in annotations[split]
+            for caption in (record["captions"] if split == "train" else [record["captions"]])
+        )
+        write_text(path, one_record_per_line(records))
         written.append(path)
     return written
 
@@ -195,19 +186,3 @@ def one_record_per_line(records: Iterable[dict[str, Any]]) -> str:
     """A JSON list that can be read by eye and compared line by line."""
     lines = ",\n".join(json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
     return f"[\n{lines}\n]\n" if lines else "[]\n"
-
-
-def _training(dataset: RawDataset) -> list[dict[str, Any]]:
-    return [
-        {"image": record[dataset.path_key], "caption": caption, "image_id": int(record["id"])}
-        for record in dataset.train_annos
-        for caption in record["captions"]
-    ]
-
-
-def _evaluation(dataset: RawDataset, split: str) -> list[dict[str, Any]]:
-    records = dataset.val_annos if split == "val" else dataset.test_annos
-    return [
-        {"image": record[dataset.path_key], "caption": record["captions"], "image_id": int(record["id"])}
-        for record in records
-    ]

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -119,50 +120,31 @@ class Inventory:
                 )
 
 
-def take_inventory(name: str, root: str | os.PathLike[str]) -> Inventory:
-    """Load a data set by its reader.
-
-    Args:
-        name: key of `INVENTORIES`.
-        root: the folder given to the user's commands.
-
-    Raises:
-        DatasetError: a file or record cannot be used.
-    """
-    inventory = INVENTORIES[name](Path(root))
-    if not inventory.images:
-        inventory.problems.append(f"{name} in {os.fspath(root)} holds no record.")
+def _raw(name: str, root: Path) -> Inventory:
+    dataset = DATASETS[name](root, verbose=False)
+    inventory = Inventory(("ids", "images", "captions"))
+    rows = {subset: tuple(counts) for subset, *counts in dataset.sizes()}
+    annotations = {"train": dataset.train_annos, "val": dataset.val_annos, "test": dataset.test_annos}
+    ids = {split: {str(int(record["id"])) for record in records} for split, records in annotations.items()}
+    inventory.sizes = {split: rows[split] for split in ("train", "val", "test")}
+    inventory.sizes["all"] = (
+        len(set.union(*ids.values())),
+        *(sum(row[i] for row in rows.values()) for i in (1, 2)),
+    )
+    inventory.forbid_shared_ids(name, ids)
+    inventory.captions = [caption for *_, caption in dataset.train]
+    inventory.add_images([path for _, _, path, _ in dataset.train], dataset.img_dir)
+    for split in (dataset.val, dataset.test):
+        inventory.captions += split["captions"]
+        inventory.add_images(split["img_paths"], dataset.img_dir)
+    without = sum(not record["captions"] for records in annotations.values() for record in records)
+    inventory.counts["images without caption"] = without
+    for split, count in dataset.unknown_splits.items():
+        inventory.counts[f"records with the split {split!r}, counted as val"] = count
+    for split, use in (("train", "train on"), ("test", "test on")):
+        if inventory.images and not annotations[split]:
+            inventory.problems.append(f"{dataset.anno_path} has no record of the split {split}: nothing to {use}.")
     return inventory
-
-
-def _raw(name: str) -> Callable[[Path], Inventory]:
-    def read(root: Path) -> Inventory:
-        dataset = DATASETS[name](root, verbose=False)
-        inventory = Inventory(("ids", "images", "captions"))
-        rows = {subset: tuple(counts) for subset, *counts in dataset.sizes()}
-        annotations = {"train": dataset.train_annos, "val": dataset.val_annos, "test": dataset.test_annos}
-        ids = {split: {str(int(record["id"])) for record in records} for split, records in annotations.items()}
-        inventory.sizes = {split: rows[split] for split in ("train", "val", "test")}
-        inventory.sizes["all"] = (
-            len(set.union(*ids.values())),
-            *(sum(row[i] for row in rows.values()) for i in (1, 2)),
-        )
-        inventory.forbid_shared_ids(name, ids)
-        inventory.captions = [caption for *_, caption in dataset.train]
-        inventory.add_images([path for _, _, path, _ in dataset.train], dataset.img_dir)
-        for split in (dataset.val, dataset.test):
-            inventory.captions += split["captions"]
-            inventory.add_images(split["img_paths"], dataset.img_dir)
-        without = sum(not record["captions"] for records in annotations.values() for record in records)
-        inventory.counts["images without caption"] = without
-        for split, count in dataset.unknown_splits.items():
-            inventory.counts[f"records with the split {split!r}, counted as val"] = count
-        for split, use in (("train", "train on"), ("test", "test on")):
-            if inventory.images and not annotations[split]:
-                inventory.problems.append(f"{dataset.anno_path} has no record of the split {split}: nothing to {use}.")
-        return inventory
-
-    return read
 
 
 def _finetune(root: Path) -> Inventory:
@@ -297,7 +279,7 @@ def _shards(folder: Path, names: tuple[str, ...], inventory: Inventory) -> list[
 
 
 INVENTORIES: dict[str, Callable[[Path], Inventory]] = {
-    **{name: _raw(name) for name in DATASETS},
+    **{name: partial(_raw, name) for name in DATASETS},
     "finetune": _finetune,
     "SDA": _sda,
     "SynCPR": _syncpr,

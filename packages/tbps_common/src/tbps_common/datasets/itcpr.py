@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from tbps_common.datasets.json_records import Folder, iter_records, many_objects, warn_of_empty
+from tbps_common.datasets.json_records import Folder, iter_records
 from tbps_common.datasets.table import log_table
 from tbps_common.errors import DatasetError
 
@@ -30,9 +30,8 @@ class ITCPR:
             DatasetError: a file is missing or a record cannot be used.
         """
         self.data_dir = _data_dir(os.fspath(root))
-        with many_objects():
-            self.query = self._read("query.json", with_caption=True)
-            self.gallery = self._read("gallery.json", with_caption=False)
+        self.query = self._read("query.json", with_caption=True)
+        self.gallery = self._read("gallery.json", with_caption=False)
         self.query_pid_container = set(self.query["person_ids"])
         self.query_iid_container = set(self.query["instance_ids"])
         self.gallery_pid_container = set(self.gallery["person_ids"])
@@ -50,13 +49,12 @@ class ITCPR:
         columns: dict[str, list[Any]] = {"person_ids": [], "img_paths": [], "instance_ids": []}
         if with_caption:
             columns["captions"] = []
-        for record in iter_records(file):
+        for record in iter_records(file, "caption" if with_caption else None):
             columns["person_ids"].append(record.integer("person_id"))
             columns["img_paths"].append(record.path("file_path", folder))
             columns["instance_ids"].append(record.integer("instance_id"))
             if with_caption:
                 columns["captions"].append(record.text("caption"))
-        warn_of_empty(file, columns.get("captions", []))
         return columns
 
 

@@ -10,9 +10,7 @@ import os
 import posixpath
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from tbps_common.errors import DatasetError
@@ -63,15 +61,23 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise _bad_json(path, text, error) from error
 
 
-def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
+def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iterator["Record"]:
     """Yield the objects of a JSON list one by one, so that a list of a million records is never held as a whole.
+
+    Cyclic garbage collection is paused meanwhile: it would walk all that was read so far again and again.
+
+    Args:
+        path: of the file.
+        texts: key of a string, or of a list of strings; how many of them are empty is logged after the last record.
 
     Raises:
         DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
     """
     text = _read_text(path)
     file = os.fspath(path)
-    number = 0
+    number = empty = 0
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         position = _skip_space(text, 0).end()
         if text[position] != "[":
@@ -84,6 +90,9 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
             if type(fields) is not dict:
                 raise DatasetError(f"{file}: record {number} (counted from 0) is {_kind(fields)}, not an object.")
             yield Record(fields, file, number)
+            if texts:
+                values = fields[texts]
+                empty += sum(not text.strip() for text in ([values] if type(values) is str else values))
             number += 1
             position = _skip_space(text, position).end()
             more = text[position] == ","
@@ -94,6 +103,8 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
         position = _skip_space(text, position + 1).end()
         if position != len(text):
             raise json.JSONDecodeError("Extra data", text, position)
+        if empty:
+            logger.warning("%s: %d empty captions", file, empty)
     except IndexError as error:
         cut = json.JSONDecodeError("Unexpected end of file", text, len(text))
         raise _bad_json(path, text, cut, number) from error
@@ -101,6 +112,9 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator["Record"]:
         raise
     except (ValueError, RecursionError) as error:
         raise _bad_json(path, text, error, number) from error
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def as_list(files: Files) -> list[str]:
@@ -113,25 +127,6 @@ def as_list(files: Files) -> list[str]:
     if not paths:
         raise DatasetError("No annotation file is given; name at least one JSON file.")
     return paths
-
-
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Pause cyclic garbage collection: it would walk the million records read so far again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def warn_of_empty(file: str | os.PathLike[str], captions: list[str]) -> None:
-    """Log how many captions of a file hold no text."""
-    empty = sum(not caption.strip() for caption in captions)
-    if empty:
-        logger.warning("%s: %d empty captions", os.fspath(file), empty)
 
 
 class Folder:
@@ -273,11 +268,6 @@ class Record:
         if value is _ABSENT:
             raise self.error(key, f"is missing; it must hold {wanted}")
         raise self.error(key, f"must hold {wanted}, not {found or _kind(value)}")
-
-
-def interned(values: list[str]) -> list[str]:
-    """The same strings, stored once per process: phrases and names repeat thousands of times."""
-    return [sys.intern(value) for value in values]
 
 
 def _all_finite(values: list[Any]) -> bool:

@@ -3,15 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import (
-    Files,
-    Folder,
-    Identity,
-    as_list,
-    iter_records,
-    many_objects,
-    warn_of_empty,
-)
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
 
 # The 91 shards in the order DiaNA's configuration lists them.
 SHARDS = (
@@ -41,11 +33,8 @@ def load_mals(files: Files, image_root: str | os.PathLike[str]) -> list[MALSReco
     folder = Folder(image_root)
     records: list[MALSRecord] = []
     label_of: dict[Identity, int] = {}
-    with many_objects():
-        for file in as_list(files):
-            start = len(records)
-            for record in iter_records(file):
-                label = label_of.setdefault(record.identity("image_id"), len(label_of))
-                records.append(MALSRecord(record.path("image", folder), label, record.text("caption")))
-            warn_of_empty(file, [record.caption for record in records[start:]])
+    for file in as_list(files):
+        for record in iter_records(file, "caption"):
+            label = label_of.setdefault(record.identity("image_id"), len(label_of))
+            records.append(MALSRecord(record.path("image", folder), label, record.text("caption")))
     return records

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from typing import Any, ClassVar
 
-from tbps_common.datasets.json_records import Folder, Record, iter_records, many_objects
+from tbps_common.datasets.json_records import Folder, Record, iter_records
 from tbps_common.datasets.table import log_table
 from tbps_common.errors import DatasetError
 
@@ -49,11 +49,10 @@ class RawDataset:
         self.dataset_dir = os.path.join(os.fspath(root), self.name)
         self.img_dir = os.path.join(self.dataset_dir, "imgs")
         self.anno_path = self._find_annotation_file(os.fspath(root))
-        with many_objects():
-            self._read_records()
-            self.train, self.train_id_container = self._training_samples()
-            self.test, self.test_id_container = self._evaluation_split(self._test)
-            self.val, self.val_id_container = self._evaluation_split(self._val)
+        self._read_records()
+        self.train, self.train_id_container = self._training_samples()
+        self.test, self.test_id_container = self._evaluation_split(self._test)
+        self.val, self.val_id_container = self._evaluation_split(self._val)
         self.train_annos = [record.fields for record in self._train]
         self.test_annos = [record.fields for record in self._test]
         self.val_annos = [record.fields for record in self._val]
@@ -95,13 +94,12 @@ class RawDataset:
         self._val: list[Record] = []
         splits = {"train": self._train, "test": self._test}
         self.unknown_splits: Counter[str] = Counter()
-        empty = 0
-        for record in iter_records(self.anno_path):
+        for record in iter_records(self.anno_path, "captions"):
             name = record.text("split")
             splits.get(name, self._val).append(record)
             if name not in ("train", "test", "val"):
                 self.unknown_splits[name] += 1
-            empty += sum(not caption.strip() for caption in record.texts("captions"))
+            record.texts("captions")
         for name, count in self.unknown_splits.items():
             logger.warning(
                 "%s: %d records have the split %r, which is neither train, test nor val: they count as val",
@@ -109,8 +107,6 @@ class RawDataset:
                 count,
                 name,
             )
-        if empty:
-            logger.warning("%s: %d empty captions", self.anno_path, empty)
 
     def _training_samples(self) -> tuple[list[TrainSample], set[int]]:
         folder = Folder(self.img_dir)

@@ -1,18 +1,10 @@
 """SDA, MRA's synthetic pre-training set: images with a caption, and regions with phrases."""
 
 import os
+import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import (
-    Files,
-    Folder,
-    Identity,
-    as_list,
-    interned,
-    iter_records,
-    many_objects,
-    warn_of_empty,
-)
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
 
 # The 14 shards of the release, by the image folders they cover.
 SHARDS = (
@@ -61,22 +53,19 @@ def load_sda(files: Files, image_root: str | os.PathLike[str]) -> SDA:
     records: list[SDARecord] = []
     image_label: dict[Identity, int] = {}
     phrase_number: dict[str, int] = {}
-    with many_objects():
-        for file in as_list(files):
-            start = len(records)
-            for record in iter_records(file):
-                boxes, logits, phrases = record.boxes("boxes"), record.numbers("logits"), record.texts("phrases")
-                if not len(boxes) == len(logits) == len(phrases):
-                    lengths = f"{len(boxes)} boxes, {len(logits)} logits, {len(phrases)} phrases"
-                    raise record.error("boxes", f"must be as long as logits and phrases, found {lengths}")
-                phrases = interned(phrases)
-                label = image_label.setdefault(record.identity("image_id"), len(image_label))
-                numbers = [phrase_number.setdefault(phrase, len(phrase_number)) for phrase in phrases]
-                path, caption = record.path("image", folder), record.text("caption")
-                records.append(SDARecord(path, caption, boxes, logits, phrases, label, numbers))
-            warn_of_empty(file, [record.caption for record in records[start:]])
-        # Phrase labels start where image labels end, which is known only now. One int object per label is kept.
-        shifted = [len(image_label) + number for number in range(len(phrase_number))]
-        for record in records:
-            record.phrase_labels[:] = [shifted[number] for number in record.phrase_labels]
+    for file in as_list(files):
+        for record in iter_records(file, "caption"):
+            boxes, logits, phrases = record.boxes("boxes"), record.numbers("logits"), record.texts("phrases")
+            if not len(boxes) == len(logits) == len(phrases):
+                lengths = f"{len(boxes)} boxes, {len(logits)} logits, {len(phrases)} phrases"
+                raise record.error("boxes", f"must be as long as logits and phrases, found {lengths}")
+            phrases = [sys.intern(phrase) for phrase in phrases]  # they repeat thousands of times
+            label = image_label.setdefault(record.identity("image_id"), len(image_label))
+            numbers = [phrase_number.setdefault(phrase, len(phrase_number)) for phrase in phrases]
+            path, caption = record.path("image", folder), record.text("caption")
+            records.append(SDARecord(path, caption, boxes, logits, phrases, label, numbers))
+    # Phrase labels start where image labels end, which is known only now. One int object per label is kept.
+    shifted = [len(image_label) + number for number in range(len(phrase_number))]
+    for record in records:
+        record.phrase_labels[:] = [shifted[number] for number in record.phrase_labels]
     return SDA(records, len(image_label), len(image_label) + len(phrase_number))

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Folder, iter_records, many_objects, warn_of_empty
+from tbps_common.datasets.json_records import Folder, iter_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +32,18 @@ def load_syncpr(root: str | os.PathLike[str], json_path: str | os.PathLike[str] 
     folder = Folder(root)
     file = os.path.join(os.fspath(root), os.fspath(json_path))
     records = []
-    with many_objects():
-        for record in iter_records(file):
-            # Every image takes part in several triplets, and with it its path and caption.
-            reference_caption = record.optional_text("reference_caption")
-            target_caption = record.optional_text("target_caption")
-            records.append(
-                SynCPRRecord(
-                    reference_image_path=sys.intern(record.path("reference_image_path", folder)),
-                    target_image_path=sys.intern(record.path("target_image_path", folder)),
-                    edit_caption=record.text("edit_caption"),
-                    cpr_id=record.integer("cpr_id"),
-                    reference_caption=reference_caption and sys.intern(reference_caption),
-                    target_caption=target_caption and sys.intern(target_caption),
-                )
+    for record in iter_records(file, "edit_caption"):
+        # Every image takes part in several triplets, and with it its path and caption.
+        reference_caption = record.optional_text("reference_caption")
+        target_caption = record.optional_text("target_caption")
+        records.append(
+            SynCPRRecord(
+                reference_image_path=sys.intern(record.path("reference_image_path", folder)),
+                target_image_path=sys.intern(record.path("target_image_path", folder)),
+                edit_caption=record.text("edit_caption"),
+                cpr_id=record.integer("cpr_id"),
+                reference_caption=reference_caption and sys.intern(reference_caption),
+                target_caption=target_caption and sys.intern(target_caption),
             )
-    warn_of_empty(file, [record.edit_caption for record in records])
+        )
     return records

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbps_common.ranking.inputs import check_count, check_matrix, check_scores
-from tbps_common.ranking.memory import default_row_budget, rows_within
-from tbps_common.ranking.scores import Rows
+from tbps_common.ranking.inputs import check_count, check_matrix
+from tbps_common.ranking.scores import Rows, block_size, checked_rows
 from tbps_common.ranking.sharded import Shards
 
 _LEGACY_MARKER = 1000.0
@@ -138,19 +137,10 @@ def rerank_rows(
 def _range(rows: Rows, num_queries: int, num_gallery: int, row_budget: int | None) -> tuple[float, float]:
     """The smallest and the largest first-stage score of this process."""
     low, high = float("inf"), float("-inf")
-    if row_budget is None:
-        row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
-    itemsize = getattr(rows, "dtype", torch.float32).itemsize
-    size = rows_within(check_count(row_budget, "row_budget", 1), num_gallery, itemsize)
+    size = block_size(rows, num_gallery, row_budget)
     for start in range(0, num_queries, size) if num_gallery else ():
-        stop = min(start + size, num_queries)
-        block = rows(start, stop)
-        if tuple(block.shape) != (stop - start, num_gallery):
-            raise ValueError(
-                f"rows({start}, {stop}) must return shape {[stop - start, num_gallery]}, got {list(block.shape)}."
-            )
-        check_scores(block, start)
-        lowest, highest = torch.aminmax(block.detach())
+        block = checked_rows(rows, start, min(start + size, num_queries), num_gallery)
+        lowest, highest = torch.aminmax(block)
         low, high = min(low, lowest.item()), max(high, highest.item())
         del block
     return low, high

@@ -1,20 +1,6 @@
-"""How many rows of scores are held at once, and what to do when even those do not fit."""
+"""What to do when a block of work does not fit memory."""
 
 import torch
-
-DEFAULT_ROW_BUDGET = 256 << 20
-
-
-def default_row_budget(device: torch.device) -> int:
-    """Bytes for one block of rows: 256 MiB in host memory, a quarter of what is free on a CUDA device."""
-    if device.type == "cuda":
-        return max(1, torch.cuda.mem_get_info(device)[0] // 4)
-    return DEFAULT_ROW_BUDGET
-
-
-def rows_within(budget: int, num_gallery: int, itemsize: int) -> int:
-    """Queries whose rows fit `budget` bytes; at least one."""
-    return max(1, budget // max(1, num_gallery * itemsize))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

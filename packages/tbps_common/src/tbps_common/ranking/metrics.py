@@ -143,9 +143,9 @@ class QueryMetrics(NamedTuple):
     """One entry for each query.
 
     Attributes:
-        ap: average precision, a fraction; NaN without a positive.
-        inp: inverse negative penalty, a fraction; NaN without a positive.
-        first_rank: 1-based rank of the first positive; 0 without one.
+        ap: average precision, a fraction.
+        inp: inverse negative penalty, a fraction.
+        first_rank: 1-based rank of the first positive.
     """
 
     ap: np.ndarray
@@ -153,45 +153,35 @@ class QueryMetrics(NamedTuple):
     first_rank: np.ndarray
 
 
-def query_metrics(bounds: np.ndarray, ranks: np.ndarray) -> QueryMetrics:
+def query_metrics(counts: np.ndarray, ranks: np.ndarray, absent_value: float, absent_rank: int) -> QueryMetrics:
     """AP, INP and first rank of every query.
 
     With the sorted 1-based ranks r_1 < ... < r_n of its positives, AP = 1/n sum_m m / r_m and INP = n / r_n.
 
     Args:
-        bounds: int64 `[Q + 1]`; query i owns `ranks[bounds[i]:bounds[i + 1]]`.
-        ranks: 1-based ranks, in any order within a query.
+        counts: int64 `[Q]`, positives of each query.
+        ranks: 1-based ranks of all positives, query by query, in any order within a query.
+        absent_value: AP and INP of a query without a positive.
+        absent_rank: its first rank.
     """
-    counts = np.diff(bounds)
+    ends = np.cumsum(counts)
     queries = np.repeat(np.arange(len(counts)), counts)
     ranks = ranks[np.lexsort((ranks, queries))]
-    place = np.arange(1, len(ranks) + 1) - np.repeat(bounds[:-1], counts)
+    place = np.arange(1, len(ranks) + 1) - np.repeat(ends - counts, counts)
     found = counts > 0
-    ap, inp = np.full((2, len(counts)), np.nan)
+    ap, inp = np.full((2, len(counts)), absent_value)
     ap[found] = np.bincount(queries, weights=place / ranks, minlength=len(counts))[found] / counts[found]
-    inp[found] = counts[found] / ranks[bounds[1:][found] - 1]
-    first_rank = np.zeros(len(counts), np.int64)
-    first_rank[found] = ranks[bounds[:-1][found]]
+    inp[found] = counts[found] / ranks[ends[found] - 1]
+    first_rank = np.full(len(counts), absent_rank, np.int64)
+    first_rank[found] = ranks[(ends - counts)[found]]
     return QueryMetrics(ap, inp, first_rank)
-
-
-def apply_missing(values: QueryMetrics, num_gallery: int, on_missing: str) -> QueryMetrics:
-    """Under `miss` a query without positive counts AP = INP = 0 and first rank G + 1."""
-    if on_missing != "miss":
-        return values
-    missing = values.first_rank == 0
-    return QueryMetrics(
-        np.where(missing, 0.0, values.ap),
-        np.where(missing, 0.0, values.inp),
-        np.where(missing, num_gallery + 1, values.first_rank),
-    )
 
 
 def summarise(values: QueryMetrics, missing: np.ndarray, max_rank: int) -> tuple[dict[str, float], np.ndarray]:
     """Averages over the queries that count.
 
     Args:
-        values: per-query values after `apply_missing`; NaN marks a query that does not count.
+        values: per-query values; NaN marks a query that does not count.
         missing: bool `[Q]`, queries without positive.
         max_rank: length of the CMC curve.
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +21,16 @@ from tbps_common.ranking.inputs import (
     check_scores,
     identity_array,
 )
-from tbps_common.ranking.memory import default_row_budget, is_out_of_memory, release_cached_memory, rows_within
+from tbps_common.ranking.memory import is_out_of_memory, release_cached_memory
 from tbps_common.ranking.metrics import (
     Positives,
     QueryMetrics,
-    apply_missing,
     count_ahead,
     query_metrics,
     read_scores,
     summarise,
 )
-from tbps_common.ranking.scores import Rows, score_rows
+from tbps_common.ranking.scores import Rows, block_size, checked_rows, score_rows
 from tbps_common.ranking.sharded import Shards
 from tbps_common.ranking.topk import best_of_rows
 
@@ -253,13 +252,9 @@ def evaluate_rows(
         check_count(topk, "topk", 0)
         check_count(max_rank, "max_rank", 1)
         check_choice(on_missing, "on_missing", ON_MISSING)
-        if row_budget is not None:
-            check_count(row_budget, "row_budget", 1)
+        own_size = block_size(rows, len(own_ids), row_budget)
         if len(queries) == 0:
             raise ValueError("q_pids is empty.")
-        if row_budget is None:
-            row_budget = default_row_budget(getattr(rows, "device", torch.device("cpu")))
-        own_size = rows_within(row_budget, len(own_ids), getattr(rows, "dtype", torch.float32).itemsize)
     query_digest = hashlib.blake2b(queries.tobytes(), digest_size=16).hexdigest()
     shards.require_same({"q_pids": query_digest, "topk": topk, "max_rank": max_rank, "on_missing": on_missing})
     ids_of_shards = shards.gather(own_ids)
@@ -270,23 +265,18 @@ def evaluate_rows(
     missing = positives.counts == 0
     _check_missing(missing, on_missing)
 
-    part = _Part(
-        rows,
-        shards,
-        positives,
-        offset=sum(len(ids) for ids in ids_of_shards[: shards.index]),
-        columns=len(own_ids),
-        topk=min(topk, len(gallery_ids)),
-    )
+    offset = sum(len(ids) for ids in ids_of_shards[: shards.index])
+    own = range(offset, offset + len(own_ids))
+    absent = (0.0, len(gallery_ids) + 1) if on_missing == "miss" else (float("nan"), 0)
     # Every block ends in an exchange, so all processes take blocks of the same size.
     size = -int(shards.highest(np.array([-own_size]))[0])
-    blocks: list[_Block] = []
+    blocks: list[tuple[QueryMetrics, Tensor, Tensor]] = []
     start = 0
     with tqdm(total=len(queries), unit="query", disable=not progress or shards.index > 0) as bar:
         while start < len(queries):
             stop = min(start + size, len(queries))
             try:
-                block = part.rank(start, stop)
+                block = _ranked(rows, shards, positives, own, min(topk, len(gallery_ids)), start, stop)
             except Exception as error:
                 if stop - start == 1 or not is_out_of_memory(error):
                     raise
@@ -295,11 +285,12 @@ def evaluate_rows(
                 size = (stop - start) // 2
                 release_cached_memory()
                 continue
-            blocks.append(block)
+            ranks, best, best_scores = block
+            blocks.append((query_metrics(positives.counts[start:stop], ranks, *absent), best, best_scores))
             bar.update(stop - start)
             start = stop
-    values = QueryMetrics(*(np.concatenate(parts) for parts in zip(*(block.values for block in blocks))))
-    values = apply_missing(values, len(gallery_ids), on_missing)
+    of_blocks, indices, scores = zip(*blocks)
+    values = QueryMetrics(*(np.concatenate(parts) for parts in zip(*of_blocks)))
     metrics, cmc = summarise(values, missing, max_rank)
     return RetrievalResult(
         metrics=metrics,
@@ -307,8 +298,8 @@ def evaluate_rows(
         ap=torch.from_numpy(values.ap),
         inp=torch.from_numpy(values.inp),
         first_rank=torch.from_numpy(values.first_rank),
-        indices=torch.cat([block.indices for block in blocks]) if topk else None,
-        scores=torch.cat([block.scores for block in blocks]) if topk else None,
+        indices=torch.cat(indices) if topk else None,
+        scores=torch.cat(scores) if topk else None,
         num_queries=len(queries),
         num_missing=int(missing.sum()),
     )
@@ -325,69 +316,28 @@ def _check_missing(missing: np.ndarray, on_missing: str) -> None:
         )
 
 
-class _Block(NamedTuple):
-    """Results of one range of queries, on CPU."""
-
-    values: QueryMetrics
-    indices: Tensor
-    scores: Tensor
-
-
-@dataclass(frozen=True)
-class _Part:
-    """This process's part of a gallery, against which blocks of queries are ranked.
-
-    Attributes:
-        rows: scorer of the part.
-        shards: the processes that share the gallery.
-        positives: global gallery positions of each query's positives.
-        offset: global position of the first own column.
-        columns: number of own columns.
-        topk: best positions to return.
-    """
-
-    rows: Rows
-    shards: Shards
-    positives: Positives
-    offset: int
-    columns: int
-    topk: int
-
-    def rank(self, start: int, stop: int) -> _Block:
-        bounds, positions = self.positives.of_queries(start, stop)
-        own = positions - self.offset
-        with self.shards.together():
-            block = self._scores(start, stop)
-            scores = read_scores(block, bounds, own)
-            best_scores, best_columns = (part.cpu() for part in best_of_rows(block, self.topk))
-        scores = self.shards.highest(scores)
-        with self.shards.together():
-            ahead = count_ahead(block, bounds, own, scores)
-        ranks = self.shards.total(ahead) + 1
-        if self.shards.count > 1:
-            best_scores, best_columns = self._merged(best_scores, best_columns)
-        return _Block(query_metrics(bounds, ranks), best_columns, best_scores)
-
-    def _scores(self, start: int, stop: int) -> Tensor:
-        """The block's scores, checked, contiguous and in float32 or float64."""
-        block = self.rows(start, stop)
-        if not isinstance(block, Tensor) or not block.is_floating_point():
-            raise TypeError(f"rows must return floating-point tensors, got {getattr(block, 'dtype', type(block))}.")
-        if tuple(block.shape) != (stop - start, self.columns):
-            raise ValueError(
-                f"rows({start}, {stop}) must return shape {[stop - start, self.columns]}, got {list(block.shape)}."
-            )
-        block = block.detach()
-        block = (block if block.element_size() >= 4 else block.float()).contiguous()
-        check_scores(block, start)
-        return block
-
-    def _merged(self, scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Best positions of the whole gallery from the best of each part; parts come in gallery order."""
-        padding = self.topk - columns.shape[1]
-        own_scores = torch.nn.functional.pad(scores.double(), (0, padding), value=float("-inf")).numpy()
-        own_columns = torch.nn.functional.pad(columns + self.offset, (0, padding)).numpy()
-        merged = torch.from_numpy(np.concatenate(self.shards.gather(own_scores), axis=1))
+def _ranked(
+    rows: Rows, shards: Shards, positives: Positives, own: range, topk: int, start: int, stop: int
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Ranks of the positives, best positions and their scores; `own` are the gallery positions `rows` scores."""
+    bounds, positions = positives.of_queries(start, stop)
+    columns = positions - own.start
+    with shards.together():
+        block = checked_rows(rows, start, stop, len(own))
+        scores = read_scores(block, bounds, columns)
+        best_scores, best = (part.cpu() for part in best_of_rows(block, topk))
+        best = best + own.start
+    scores = shards.highest(scores)
+    with shards.together():
+        ahead = count_ahead(block, bounds, columns, scores)
+    ranks = shards.total(ahead) + 1
+    if shards.count > 1:
+        # The best of the whole gallery are among the best of each part; the parts come in gallery order.
+        padding = (0, topk - best.shape[1])
+        padded = torch.nn.functional.pad(best_scores.double(), padding, value=float("-inf")).numpy()
+        merged = torch.from_numpy(np.concatenate(shards.gather(padded), axis=1))
         merged, order = torch.sort(merged, dim=1, descending=True, stable=True)
-        joined = torch.from_numpy(np.concatenate(self.shards.gather(own_columns), axis=1)).gather(1, order)
-        return merged[:, : self.topk].to(scores.dtype), joined[:, : self.topk].contiguous()
+        everywhere = shards.gather(torch.nn.functional.pad(best, padding).numpy())
+        best = torch.from_numpy(np.concatenate(everywhere, axis=1)).gather(1, order)[:, :topk].contiguous()
+        best_scores = merged[:, :topk].to(best_scores.dtype)
+    return ranks, best, best_scores

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from tbps_common.ranking.compute import Precision, compute_dtype, operand, products
-from tbps_common.ranking.inputs import check_features
+from tbps_common.ranking.inputs import check_count, check_features, check_scores
 from tbps_common.ranking.reductions import EVEN_IMAGES, EVEN_QUERIES, reduction
 from tbps_common.ranking.sharded import Shards
+
+DEFAULT_ROW_BUDGET = 256 << 20
 
 Rows = Callable[[int, int], Tensor]
 """`rows(start, stop) -> [stop - start, G]`: the scores of a range of queries."""
@@ -174,3 +176,34 @@ def _through_pinned_buffers(
         if number + 1 < len(bounds):
             send(number + 1)
     copy.synchronize()
+
+
+def checked_rows(rows: Rows, start: int, stop: int, columns: int) -> Tensor:
+    """The scores of a range of queries, contiguous and in float32 or float64."""
+    block = rows(start, stop)
+    if not isinstance(block, Tensor) or not block.is_floating_point():
+        raise TypeError(f"rows must return floating-point tensors, got {getattr(block, 'dtype', type(block))}.")
+    if tuple(block.shape) != (stop - start, columns):
+        raise ValueError(f"rows({start}, {stop}) must return shape {[stop - start, columns]}, got {list(block.shape)}.")
+    block = block.detach()
+    block = (block if block.element_size() >= 4 else block.float()).contiguous()
+    check_scores(block, start)
+    return block
+
+
+def block_size(rows: Rows, columns: int, row_budget: int | None) -> int:
+    """How many rows of scores fit `row_budget` bytes; at least one.
+
+    Args:
+        rows: a scorer; its `dtype` and `device` count where it has them.
+        columns: of a row.
+        row_budget: by default 256 MiB in host memory, a quarter of what is free on a CUDA device.
+
+    Raises:
+        ValueError: `row_budget` is not positive.
+    """
+    device: torch.device = getattr(rows, "device", torch.device("cpu"))
+    if row_budget is None:
+        row_budget = max(1, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else DEFAULT_ROW_BUDGET
+    itemsize = getattr(rows, "dtype", torch.float32).itemsize
+    return max(1, check_count(row_budget, "row_budget", 1) // max(1, columns * itemsize))

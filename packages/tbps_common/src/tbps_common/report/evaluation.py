@@ -102,10 +102,6 @@ def evaluation_from_result(
     results: "Mapping[str, RetrievalResult]",
     *,
     gallery: int,
-    package: str,
-    dataset: str,
-    split: str,
-    settings: Mapping[str, Any],
     **more: Any,
 ) -> dict[str, Any]:
     """`write_evaluation` with metrics, CMC curves and counts taken from `tbps_common.ranking` results.
@@ -114,11 +110,7 @@ def evaluation_from_result(
         path: target file.
         results: task -> result; the first task gives the counts.
         gallery: number of gallery items of the first task.
-        package: as in `write_evaluation`, like the remaining arguments.
-        dataset: name of the data set.
-        split: `test`, `val`, ...
-        settings: flags that decide the numbers.
-        **more: `checkpoint`, `fingerprint`, `seconds`, `device`.
+        **more: the remaining arguments of `write_evaluation`.
 
     Returns:
         The object as written.
@@ -129,12 +121,8 @@ def evaluation_from_result(
         counts["queries_without_positive"] = first.num_missing
     return write_evaluation(
         path,
-        package=package,
-        dataset=dataset,
-        split=split,
         metrics={task: result.metrics for task, result in results.items()},
         counts=counts,
-        settings=settings,
         cmc={task: result.cmc.tolist() for task, result in results.items()},
         **more,
     )

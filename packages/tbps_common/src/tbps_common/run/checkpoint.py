@@ -68,6 +68,7 @@ _HARMLESS: list[Any] = [
 _CONTAINER_KEYS = ("model", "state_dict", "model_state_dict", "net")
 _DISTRIBUTED, _COMPILED = "module.", "_orig_mod."
 _ROOM_FACTOR = 1.2
+_FETCH = "copy or download it again, or give another checkpoint"
 _SHOWN = 5
 
 
@@ -89,7 +90,7 @@ def load_checkpoint_file(path: str | os.PathLike[str], *, trust: bool = False, m
         CheckpointError: the file is absent, empty, damaged, or asks for a global that is not on the closed list.
     """
     file = Path(path)
-    _require_file(file)
+    start = _first_bytes(file)
     if file.suffix == ".safetensors":
         try:
             mapped = load_safetensors(file)
@@ -101,42 +102,34 @@ def load_checkpoint_file(path: str | os.PathLike[str], *, trust: bool = False, m
     is_archive = zipfile.is_zipfile(file)
     if is_archive:
         _verify_archive(file)
-    elif _starts_like_archive(file):
+    elif start == b"PK\x03\x04":
         raise CheckpointError(f"{file} is cut off (its table of contents is missing); {_FETCH}.")
     return _unpickle(file, trust, mmap and is_archive)
 
 
-_FETCH = "copy or download it again, or give another checkpoint"
-
-
-def _require_file(file: Path) -> None:
+def _first_bytes(file: Path) -> bytes:
+    """Require a file that can be read and is not empty."""
     try:
-        if file.is_dir():
-            if (file / "adapter_config.json").is_file():
-                raise CheckpointError(
-                    f"{file} holds only a LoRA adapter (adapter_config.json), which changes another model: give the "
-                    "weights of the whole model."
-                )
-            raise CheckpointError(f"{file} is a folder, not a checkpoint; give the file inside it (such as best.pth).")
-        if not file.exists():
-            raise CheckpointError(f"Checkpoint {file} does not exist; check the path.")
-        if file.stat().st_size == 0:
-            raise CheckpointError(f"Checkpoint {file} is empty (0 bytes); {_FETCH}.")
-        with open(file, "rb"):
-            pass
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"Checkpoint path {str(file)!r} is not a valid path ({error}); check it.") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"Checkpoint {file} cannot be opened ({error.strerror}); check its permissions."
-        ) from error
-
-
-def _starts_like_archive(file: Path) -> bool:
-    with open(file, "rb") as content:
-        return content.read(4) == b"PK\x03\x04"
+        with open(file, "rb") as content:
+            start = content.read(4)
+    except (OSError, ValueError) as error:
+        if os.path.isfile(file / "adapter_config.json"):
+            sentence = (
+                f"{file} holds only a LoRA adapter (adapter_config.json), which changes another model: give the weights of "
+                "the whole model."
+            )
+        elif os.path.isdir(file):
+            sentence = f"{file} is a folder, not a checkpoint; give the file inside it (such as best.pth)."
+        elif isinstance(error, FileNotFoundError):
+            sentence = f"Checkpoint {file} does not exist; check the path."
+        elif isinstance(error, OSError):
+            sentence = f"Checkpoint {file} cannot be opened ({error.strerror}); check its permissions."
+        else:
+            sentence = f"Checkpoint path {str(file)!r} is not a valid path ({error}); check it."
+        raise CheckpointError(sentence) from error
+    if not start:
+        raise CheckpointError(f"Checkpoint {file} is empty (0 bytes); {_FETCH}.")
+    return start
 
 
 def _verify_archive(file: Path) -> None:
@@ -184,8 +177,16 @@ def _unpickle(file: Path, trust: bool, mmap: bool) -> Any:
             return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as refused:
-            return _unpickle_harmless(file, mmap, refused)
+        except pickle.UnpicklingError as error:
+            refused = error
+        try:
+            with torch.serialization.safe_globals(_HARMLESS):
+                return _plain(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+        except pickle.UnpicklingError as error:
+            raise _refusal(file, error) from error
+        except Exception as error:
+            # The names were on the list, what is done with them is not plain: the first refusal says which name it was.
+            raise _refusal(file, refused) from error
     except CheckpointError:
         raise
     except (MemoryError, RecursionError) as error:
@@ -193,17 +194,6 @@ def _unpickle(file: Path, trust: bool, mmap: bool) -> Any:
     except Exception as error:
         # A damaged or hostile pickle can make the reader fail with nearly any exception.
         raise CheckpointError(f"{file} is not a readable checkpoint ({_first_line(error)}); {_FETCH}.") from error
-
-
-def _unpickle_harmless(file: Path, mmap: bool, refused: pickle.UnpicklingError) -> Any:
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return _plain(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
-    except pickle.UnpicklingError as error:
-        raise _refusal(file, error) from error
-    except Exception as error:
-        # The names were on the list, what is done with them is not plain: the first refusal says which name it was.
-        raise _refusal(file, refused) from error
 
 
 def _plain(value: Any) -> Any:
@@ -247,19 +237,21 @@ def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
     """
     file = Path(path)
     if file.is_file():
-        _require_room(file, int(file.stat().st_size * _ROOM_FACTOR))
+        wanted = int(file.stat().st_size * _ROOM_FACTOR)
+        if shutil.disk_usage(file.parent).free < wanted:
+            raise _no_room(file, errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {wanted} bytes are needed")
     with atomic_path(file) as temporary:
         try:
             # An open file lets the system's own error through; given a path, torch reports a full disk as a format error.
             with open(temporary, "wb") as stream:
                 torch.save(obj, stream)
-        except RuntimeError as error:
-            cause = _os_error_behind(error)
+        except (RuntimeError, OSError) as error:  # torch wraps the system's error when it closes the archive
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
             raise _no_room(file, cause.errno or errno.EIO, cause.strerror or str(cause)) from error
-        except OSError as error:
-            raise _no_room(file, error.errno or errno.EIO, error.strerror or str(error)) from error
         with torch.serialization.safe_globals(_HARMLESS):
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
         if refused:
@@ -268,23 +260,9 @@ def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
             )
 
 
-def _require_room(file: Path, wanted: int) -> None:
-    if shutil.disk_usage(file.parent).free < wanted:
-        raise _no_room(file, errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {wanted} bytes are needed")
-
-
 def _no_room(file: Path, number: int, reason: str) -> OSError:
     free = shutil.disk_usage(file.parent).free
     return OSError(number, f"{reason}; the checkpoint was not written, {free} bytes are free", str(file))
-
-
-def _os_error_behind(error: BaseException) -> OSError | None:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def find_state_dict(obj: Any, *, source: str = "the checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:
