@@ -122,11 +122,8 @@ def build_networks(
     import diffusers
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    pipeline: Any = load_model(
-        "--model",
-        name,
-        lambda: diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True),
-    )
+    loader = diffusers.DiffusionPipeline.from_pretrained
+    pipeline: Any = load_model("--model", name, loader, dtype=dtype, use_safetensors=True)
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise InputError(
             f"--model {name} is a {type(pipeline).__name__}: mra-dad finetune knows Stable Diffusion 1.x and 2.x "

@@ -146,23 +146,38 @@ def digest(*texts: str) -> str:
     return joined.hexdigest()[:16]
 
 
-def require_images(args: argparse.Namespace, records: list[Record]) -> None:
-    """Require the pictures of all records.
-
-    Raises:
-        DatasetError: some are missing.
-    """
-    paths = [os.path.join(args.images, image_of(record)) for record in records]
-    check_images_exist(paths, args.images, flag="--images")
-
-
-def with_pictures(images: str, process: PictureProcess) -> Process:
-    """`process` of the records whose pictures can be read, and those pictures; the other records are dropped.
+def run_on_pictures(
+    args: argparse.Namespace,
+    source: str,
+    stem: str,
+    build: Callable[[argparse.Namespace], PictureProcess],
+    *,
+    settings: Sequence[str],
+    fields: Sequence[str] = (),
+) -> int:
+    """Run this shard of a stage that looks at the pictures of the stage before; returns the exit status.
 
     Args:
-        images: folder that the records' names start from.
-        process: a batch of records and their pictures -> a result for each, in order; never called with none.
+        args: flags of the subcommand.
+        source: stem of the stage before.
+        stem: of the output.
+        build: loads the models and returns what turns a batch of records and their pictures into a result for each, in
+            order. It never gets an empty batch, and no picture that cannot be read: that record is dropped.
+        settings: names of the flags that the results depend on.
+        fields: what the records of `source` must hold, beside image, index and variant.
+
+    Raises:
+        InputError: the stage before is not finished, pictures are missing, or flags or models cannot be used.
     """
+    records, made_with = read_input(Path(args.work), source, *fields)
+    records = args.shard.of(records)  # the others need not stay in memory
+    paths = [os.path.join(args.images, image_of(record)) for record in records]
+    check_images_exist(paths, args.images, flag="--images")
+    values = {**{name: getattr(args, name) for name in settings}, "input": made_with}
+    return run(args, stem, records, values, lambda: _with_pictures(args.images, build(args)))
+
+
+def _with_pictures(images: str, process: PictureProcess) -> Process:
 
     def run_batch(batch: list[Record]) -> Iterable[Record | Dropped]:
         pictures: list[Image | None] = []

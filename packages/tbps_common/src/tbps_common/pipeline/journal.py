@@ -149,7 +149,7 @@ def _parse(line: bytes) -> Record | str:
     """The object of a line, or why it is not a JSON object that could be written again."""
     try:
         text = line.decode("utf-8")
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
         if not isinstance(value, dict):
             return "it is not a JSON object"
         if "\\ud" in text or "\\uD" in text:
@@ -165,7 +165,8 @@ def _parse(line: bytes) -> Record | str:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """For `parse_constant` of json: NaN and infinity are not JSON, though Python reads them."""
     raise ValueError(f"{name} is not a JSON value")
 
 
