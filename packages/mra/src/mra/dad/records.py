@@ -103,14 +103,14 @@ def read_input(folder: Path, stem: str, *fields: str) -> tuple[list[Record], str
             raise DatasetError(
                 f"{folder}/{stem}*.jsonl: the record of {image_of(record)} has no {absent[0]}: run {command} again"
             )
-    _require_safe(keys, f"{folder}/{stem}*.jsonl")
-    return records, _digest_of_stage(folder, stem)
-
-
-def _require_safe(images: list[str], file: str) -> None:
-    for image in images:
+    for image in keys:
         if not isinstance(image, str) or os.path.isabs(image) or ".." in Path(image).parts or "\0" in image:
-            raise DatasetError(f"{file} names the image {image!r}, which does not lie below --images: correct it")
+            raise DatasetError(
+                f"{folder}/{stem}*.jsonl names the image {image!r}, which does not lie below --images: correct it"
+            )
+    # `read_stage` has seen that all shards have the same settings.
+    settings = {json.dumps(manifest["settings"], sort_keys=True) for manifest in manifests(folder, stem)}
+    return records, digest(*sorted(settings))
 
 
 def manifests(folder: Path, stem: str) -> list[Record]:
@@ -130,12 +130,6 @@ def manifests(folder: Path, stem: str) -> list[Record]:
             raise DatasetError(f"{path} is damaged: run mra-dad {MADE_BY[stem]} again") from error
         found.append(manifest)
     return found
-
-
-def _digest_of_stage(folder: Path, stem: str) -> str:
-    # `read_stage` has seen that all shards have the same settings.
-    settings = {json.dumps(manifest["settings"], sort_keys=True) for manifest in manifests(folder, stem)}
-    return digest(*sorted(settings))
 
 
 def digest(*texts: str) -> str:

@@ -176,13 +176,9 @@ class ChatClient:
         self._waits_asked_for = 0
         given = {**(sampling or {}), **(fields or {})}
         self._fields = {name: value for name, value in given.items() if value is not None}
-        self._random = random.Random()
         self._openai: Any = None
         self._client: Any = None
         self._places: asyncio.Semaphore | None = None
-
-    def __repr__(self) -> str:
-        return f"ChatClient(model={self.model!r}, server={self.server!r})"
 
     @property
     def server(self) -> str:
@@ -270,8 +266,8 @@ class ChatClient:
 
     def _pause(self, failures: int, retry_after: float | None) -> float:
         if retry_after is not None:
-            return retry_after * (1 + 0.1 * self._random.random())  # not everybody at the same moment
-        return min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE) * (0.5 + 0.5 * self._random.random())
+            return retry_after * (1 + 0.1 * random.random())  # not everybody at the same moment
+        return min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE) * (0.5 + 0.5 * random.random())
 
     async def _wait_for_turn(self) -> None:
         """Wait until a request may start, or `stopping` is set."""
