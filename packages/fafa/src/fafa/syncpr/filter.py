@@ -1,4 +1,4 @@
-"""`fafa-syncpr filter`: measure every pair, ask a model that sees if one is named, and keep what passes the thresholds."""
+"""`fafa-syncpr filter`: measure every pair, ask a vision-language model if one is named, and keep what passes the thresholds."""
 
 import argparse
 import base64
@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from fafa.syncpr.records import (
     write_records,
 )
 from fafa.syncpr.scoring import PairScorer
-from tbps_common.datasets import read_json
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json
 from tbps_common.images import read_image
@@ -79,7 +77,9 @@ def main(flags: argparse.Namespace) -> int:
     pairs = [pair for pair in pictures if pair["quadruple_id"] in quadruples]
     if pictures and not pairs:
         raise DatasetError(f"{flags.out}: images.jsonl has no picture of the quadruples in quadruples.jsonl")
-    _reopen(manifest_path(flags.shard.file(flags.out, KEPT)))
+    kept_before = manifest_path(flags.shard.file(flags.out, KEPT))
+    if kept_before.is_file():  # unfinished until this run has chosen anew
+        write_json(kept_before, {"finished": False})
     outcome = _score(flags, pairs, quadruples)
     print(outcome.sentence("pair"))
     if outcome.exit_status:
@@ -117,15 +117,6 @@ def failing(record: Record, flags: argparse.Namespace) -> str | None:
     if record["pair_similarity"] > flags.max_pair_similarity:
         return "the halves are nearly the same (--max-pair-similarity)"
     return None
-
-
-def _reopen(manifest: Path) -> None:
-    """Mark what an earlier run kept as unfinished until this one has chosen anew."""
-    if manifest.is_file():
-        with suppress(DatasetError):  # a damaged one is written anew at the end
-            content = read_json(manifest)
-            if isinstance(content, dict):
-                write_json(manifest, {**content, "finished": False})
 
 
 def _score(flags: argparse.Namespace, pairs: list[Record], quadruples: dict[int, Quadruple]) -> Outcome:
@@ -231,12 +222,11 @@ def _are_answers(value: Any) -> bool:
 def _note_verdicts(path: Path, verdicts: dict[Any, dict[str, bool]]) -> None:
     """Enter the answers into the scores."""
     with Journal(path) as journal:
-        journal.rewrite(
-            [
-                {**record, "vlm": all(verdicts[pair_key(record)].values()) if pair_key(record) in verdicts else None}
-                for record in journal.records
-            ]
-        )
+        journal.rewrite([_with_verdict(record, verdicts.get(pair_key(record))) for record in journal.records])
+
+
+def _with_verdict(record: Record, answers: dict[str, bool] | None) -> Record:
+    return {**record, "vlm": None if answers is None else all(answers.values())}
 
 
 def _keep(
@@ -253,13 +243,16 @@ def _keep(
     kept, dropped = [], []
     for record in scores:
         answers = verdicts.get(pair_key(record))
-        record = {**record, "vlm": None if answers is None else all(answers.values())}
+        record = _with_verdict(record, answers)
         reason = failing(record, flags)
         if reason is None and answers is not None:
             reason = next((_REASON_VLM[key] for key in QUESTION_KEYS if not answers[key]), None)
         if reason is None and flags.vlm_model and answers is None:
             reason = "no usable answer (VLM)"
-        (kept if reason is None else dropped).append(record if reason is None else {**record, "reason": reason})
+        if reason is None:
+            kept.append(record)
+        else:
+            dropped.append({**record, "reason": reason})
     reasons = Counter(record["reason"] for record in dropped)
     reasons.update(scored.dropped)
     if gone:

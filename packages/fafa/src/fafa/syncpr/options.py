@@ -13,7 +13,7 @@ text-to-image model, filters, and the annotation file that fafa-train reads.
 
   fafa-syncpr quadruples --out syncpr ...   captions of one person in two pictures, and the edits between them
   fafa-syncpr images     --out syncpr ...   the pictures, side by side, cut into reference and target
-  fafa-syncpr filter     --out syncpr ...   scores, thresholds, and questions to a model that sees
+  fafa-syncpr filter     --out syncpr ...   scores, thresholds, and questions to a vision-language model
   fafa-syncpr pack       --out syncpr ...   SynCPR.json
 
   fafa-syncpr pairs      --out pairs ...    training pictures for the LoRA: two views of one person, side by side
@@ -58,7 +58,7 @@ Keep the pairs that show what they should.
 
 Measured for every pair (scores.jsonl): the cosine of each half and its caption, the similarity of the two halves as
 persons (--person-model, or CLIP) and as pictures. A pair whose halves are nearly the same picture is of no use either. The
-model that sees is asked only about pairs that pass the thresholds. What passes everything is in kept.jsonl, the rest with
+vision-language model is asked only about pairs that pass the thresholds. What passes everything is in kept.jsonl, the rest with
 the reason in kept.jsonl.dropped.jsonl. Scores and answers are computed once: other thresholds take effect at once. The
 paper names neither its filter models nor its thresholds; these are ours, so look at scores.jsonl before you choose.
 """
@@ -162,10 +162,7 @@ def _quadruples(parser: argparse.ArgumentParser) -> None:
 
 def _images(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub name of a diffusers model"
-    )
-    model.add_argument("--revision", help="of the hub")
+    _add_diffusion_model(model)
     model.add_argument("--lora", help="LoRA in diffusers' format: file, folder or hub name")
     model.add_argument("--lora-scale", type=number(0), default=1.0, help="1: as trained")
     picture = parser.add_argument_group("pictures")
@@ -199,8 +196,8 @@ def _filter(parser: argparse.ArgumentParser) -> None:
     thresholds.add_argument(
         "--max-pair-similarity", type=number(-1), default=0.97, help="left and right half, as pictures, by CLIP"
     )
-    vlm = parser.add_argument_group("model that sees (optional)")
-    vlm.add_argument("--vlm-model", help="name on an OpenAI-compatible server; without it nobody is asked")
+    vlm = parser.add_argument_group("vision-language model (optional)")
+    vlm.add_argument("--vlm-model", help="name on an OpenAI-compatible server; without it no questions are asked")
     vlm.add_argument("--vlm-base-url", help="address up to /v1; None: OPENAI_BASE_URL, or else OpenAI's own")
     vlm.add_argument("--vlm-api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     vlm.add_argument("--vlm-workers", type=whole_number(1), default=8, help="requests in flight")
@@ -208,6 +205,14 @@ def _filter(parser: argparse.ArgumentParser) -> None:
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--batch-size", type=whole_number(1), default=64, help="pairs at a time")
     run_group.add_argument("--workers", type=whole_number(1), default=8, help="threads that read pictures")
+
+
+def _add_diffusion_model(group: Any) -> None:
+    """What is fine-tuned and what makes pictures is named alike."""
+    group.add_argument(
+        "--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub name of a diffusers model"
+    )
+    group.add_argument("--revision", help="of the hub")
 
 
 def _add_request_flags(group: Any, *, max_tokens: int) -> None:
@@ -251,10 +256,7 @@ def _pairs(parser: argparse.ArgumentParser) -> None:
 
 def _lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with captions.jsonl and its pictures")
-    parser.add_argument(
-        "--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub name of a diffusers model"
-    )
-    parser.add_argument("--revision", help="of the hub")
+    _add_diffusion_model(parser)
     parser.add_argument("--rank", type=whole_number(1), default=16, help="of the LoRA")
     parser.add_argument("--steps", type=whole_number(1), default=2000, help="optimizer steps of the whole training")
     parser.add_argument("--batch-size", type=whole_number(1), default=4, help="pictures per step and process")
@@ -302,10 +304,10 @@ def _cost(parser: argparse.ArgumentParser) -> None:
     filters = parser.add_argument_group("filters (assumed)")
     filters.add_argument("--clip-gflops", type=number(0, above=True), default=162.0, help="one half in CLIP ViT-L/14")
     filters.add_argument(
-        "--asked", type=number(0), default=0.6, help="share of pairs that the seeing model is asked about"
+        "--asked", type=number(0), default=0.6, help="share of pairs that the vision-language model is asked about"
     )
     filters.add_argument(
-        "--answers-per-second", type=number(0, above=True), default=15.0, help="of a 7B model that sees"
+        "--answers-per-second", type=number(0, above=True), default=15.0, help="of a 7B vision-language model"
     )
     disk = parser.add_argument_group("disk (assumed)")
     disk.add_argument(

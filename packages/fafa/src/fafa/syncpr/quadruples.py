@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from fafa.syncpr.prompts import QUADRUPLE_KEYS, QUADRUPLE_PROMPT_MARK, quadruple_messages, read_quadruples
-from fafa.syncpr.records import QUADRUPLES, REQUESTS, SeenCaptions, write_records
+from fafa.syncpr.records import QUADRUPLES, REQUESTS, are_new, write_records
 from fafa.syncpr.seeds import read_seed_lists
 from tbps_common.errors import InputError
 from tbps_common.pipeline import (
@@ -144,12 +144,12 @@ def _choose(path: Path) -> tuple[list[Record], list[Record]]:
         ):
             raise InputError(f"{path}, line {line + 1}, holds damaged quadruples: correct or delete the line")
         answers.append(record)
-    seen = SeenCaptions()
+    seen: set[str] = set()
     kept, dropped = [], []
     for entry in (entry for answer in sorted(answers, key=lambda of: of["request"]) for entry in answer["quadruples"]):
         if "reason" in entry:
             dropped.append(entry)
-        elif seen.take(entry["caption_1"], entry["caption_2"]):
+        elif are_new(seen, entry["caption_1"], entry["caption_2"]):
             kept.append({name: entry[name] for name in ("id", *QUADRUPLE_KEYS)})
         else:
             dropped.append({**entry, "reason": "duplicate caption"})

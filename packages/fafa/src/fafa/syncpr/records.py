@@ -24,22 +24,16 @@ class Quadruple:
     edit_2_to_1: str
 
 
-class SeenCaptions:
-    """Which captions there have been: a quadruple with one of them is a duplicate."""
-
-    def __init__(self) -> None:
-        self._keys: set[str] = set()
-
-    def take(self, caption_1: str, caption_2: str) -> bool:
-        """Whether both are new; then they are not any more."""
-        keys = {caption_key(caption_1), caption_key(caption_2)}
-        if keys & self._keys:
-            return False
-        self._keys |= keys
-        return True
+def are_new(seen: set[str], *captions: str) -> bool:
+    """Whether none of the captions has been seen; then they are added. Otherwise their quadruple is a duplicate."""
+    keys = set(map(caption_key, captions))
+    if keys & seen:
+        return False
+    seen |= keys
+    return True
 
 
-def pair_key(record: Record) -> Hashable:
+def pair_key(record: Record) -> tuple[int, int]:
     """What makes a picture itself: its quadruple and variant."""
     return record["quadruple_id"], record["variant"]
 
@@ -78,8 +72,8 @@ def load_quadruples(folder: str | Path) -> tuple[dict[int, Quadruple], int]:
         found[quadruple.id] = quadruple
     if not found:
         raise DatasetError(f"{folder} holds no quadruples: raise --count of fafa-syncpr quadruples")
-    seen = SeenCaptions()
-    kept = {of: found[of] for of in sorted(found) if seen.take(found[of].caption_1, found[of].caption_2)}
+    seen: set[str] = set()
+    kept = {of: found[of] for of in sorted(found) if are_new(seen, found[of].caption_1, found[of].caption_2)}
     return kept, len(found) - len(kept)
 
 
@@ -108,7 +102,7 @@ def load_pairs(folder: str | Path, stage: str) -> list[Record]:
         seen.add(pair_key(record))
         for side in ("left", "right"):
             _inside(record.get(side), folder, stage)
-    return sorted(records, key=lambda record: (record["quadruple_id"], record["variant"]))
+    return sorted(records, key=pair_key)
 
 
 def write_records(output: Path, kept: list[Record], dropped: list[Record]) -> None:

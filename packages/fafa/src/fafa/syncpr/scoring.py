@@ -52,24 +52,19 @@ class PairScorer:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         self.device = device
-        self.clip = load_model("--clip", clip, lambda: AutoModel.from_pretrained(clip)).to(device, dtype).eval()
+        self.clip = load_model("--clip", clip, AutoModel.from_pretrained).to(device, dtype).eval()
         if not (hasattr(self.clip, "get_image_features") and hasattr(self.clip, "get_text_features")):
             raise InputError(
                 f"--clip {clip} is a {type(self.clip).__name__}, which does not compare pictures with texts"
             )
-        self.tokenizer = load_model("--clip", clip, lambda: AutoTokenizer.from_pretrained(clip))
-        self.processor = load_model("--clip", clip, lambda: AutoImageProcessor.from_pretrained(clip))
+        self.tokenizer = load_model("--clip", clip, AutoTokenizer.from_pretrained)
+        self.processor = load_model("--clip", clip, AutoImageProcessor.from_pretrained)
         self._texts: dict[str, Tensor] = {}
         self.person_model = self.person_processor = None
         if person_model is not None:
-            self.person_model = (
-                load_model("--person-model", person_model, lambda: AutoModel.from_pretrained(person_model))
-                .to(device, dtype)
-                .eval()
-            )
-            self.person_processor = load_model(
-                "--person-model", person_model, lambda: AutoImageProcessor.from_pretrained(person_model)
-            )
+            person: Any = load_model("--person-model", person_model, AutoModel.from_pretrained)
+            self.person_model = person.to(device, dtype).eval()
+            self.person_processor = load_model("--person-model", person_model, AutoImageProcessor.from_pretrained)
 
     @torch.inference_mode()
     def score(

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,14 +131,13 @@ def load_pipeline(name: str, revision: str | None, dtype: torch.dtype) -> Any:
     """
     import diffusers
 
-    def load() -> Any:
-        given: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    def load(name: str, **options: Any) -> Any:
         try:
-            return diffusers.AutoPipelineForText2Image.from_pretrained(name, **given)
-        except ValueError:  # it knows no newcomers
-            return diffusers.DiffusionPipeline.from_pretrained(name, **given)
+            return diffusers.AutoPipelineForText2Image.from_pretrained(name, **options)
+        except ValueError:  # a family that it does not know yet
+            return diffusers.DiffusionPipeline.from_pretrained(name, **options)
 
-    pipeline = load_model("--model", name, load)
+    pipeline = load_model("--model", name, load, revision=revision, dtype=dtype)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     required = [parameter.name for parameter in parameters.values() if parameter.default is inspect.Parameter.empty]
     if "prompt" not in parameters or "image" in required:
@@ -158,10 +156,7 @@ def load_lora(pipeline: Any, name: str, scale: float) -> None:
     Raises:
         InputError: it cannot be read, belongs to another model, or changes nothing.
     """
-    path = Path(name)
-    where: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}
-    folder = str(path.parent) if path.is_file() else name
-    load_model("--lora", name, lambda: pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, **where))
+    load_model("--lora", name, pipeline.load_lora_weights, adapter_name=_ADAPTER)
     require_effective_lora("--lora", name, pipeline)
     # Into the weights, so that a picture costs no more than without it.
     pipeline.set_adapters([_ADAPTER], adapter_weights=[scale])

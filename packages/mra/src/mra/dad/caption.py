@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mra.dad.records import CAPTIONED, FILTERED, MODEL_FILES, Process, read_input, require_images, run, with_pictures
+from mra.dad.records import CAPTIONED, FILTERED, MODEL_FILES, PictureProcess, run_on_pictures
 from tbps_common.pipeline import Dropped, Record
 from tbps_common.pipeline.models import choose_dtype, load_model, require_model
 from tbps_common.run.device import choose_device
@@ -22,25 +21,18 @@ def main(args: argparse.Namespace) -> int:
         InputError: the stage before is not finished, pictures are missing, or the model cannot be used.
     """
     require_model("--model", args.model, *MODEL_FILES)
-    records, source = read_input(Path(args.work), FILTERED)
-    records = args.shard.of(records)  # the others need not stay in memory
-    require_images(args, records)
-    names = ("model", "prompt", "max_tokens", "beams", "precision")
-    settings = {**{name: getattr(args, name) for name in names}, "input": source}
-    return run(args, CAPTIONED, records, settings, lambda: _build(args))
+    settings = ("model", "prompt", "max_tokens", "beams", "precision")
+    return run_on_pictures(args, FILTERED, CAPTIONED, _build, settings=settings)
 
 
-def _build(args: argparse.Namespace) -> Process:
+def _build(args: argparse.Namespace) -> PictureProcess:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device, on_gpu="fp16")
-    processor = load_model("--model", args.model, lambda: AutoProcessor.from_pretrained(args.model))
-    model: Any = load_model(
-        "--model",
-        args.model,
-        lambda: AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype, use_safetensors=True),
-    )
+    processor = load_model("--model", args.model, AutoProcessor.from_pretrained)
+    loader = AutoModelForImageTextToText.from_pretrained
+    model: Any = load_model("--model", args.model, loader, dtype=dtype, use_safetensors=True)
     model.to(device).eval()
 
     @torch.inference_mode()
@@ -53,7 +45,7 @@ def _build(args: argparse.Namespace) -> Process:
             for record, caption in zip(batch, (clean(text, args.prompt) for text in texts))
         ]
 
-    return with_pictures(args.images, describe)
+    return describe
 
 
 def clean(text: str, prompt: str) -> str:

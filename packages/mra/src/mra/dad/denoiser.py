@@ -122,11 +122,8 @@ def build_networks(
     import diffusers
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    pipeline: Any = load_model(
-        "--model",
-        name,
-        lambda: diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True),
-    )
+    loader = diffusers.DiffusionPipeline.from_pretrained
+    pipeline: Any = load_model("--model", name, loader, dtype=dtype, use_safetensors=True)
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise InputError(
             f"--model {name} is a {type(pipeline).__name__}: mra-dad finetune knows Stable Diffusion 1.x and 2.x "
@@ -146,7 +143,12 @@ def build_networks(
         controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels).float()
         controlnet.train()
     else:
-        _add_lora(unet, lora_rank)
+        from peft import LoraConfig  # an extra that only this method needs
+
+        settings = LoraConfig(
+            r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=_LORA_TARGETS
+        )
+        unet.add_adapter(settings)
     if gradient_checkpointing:
         for part in (unet, controlnet):
             if part is not None:
@@ -163,12 +165,6 @@ def build_networks(
         DDPMScheduler.from_config(pipeline.scheduler.config),
         (unet.config.in_channels, size[0] // factor, size[1] // factor),
     )
-
-
-def _add_lora(unet: Any, rank: int) -> None:
-    from peft import LoraConfig
-
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_LORA_TARGETS))
 
 
 def save_weights(denoiser: Denoiser, folder: Path) -> None:

@@ -14,17 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mra.dad.records import (
-    FILTERED,
-    GENERATED,
-    MODEL_FILES,
-    Process,
-    manifests,
-    read_input,
-    require_images,
-    run,
-    with_pictures,
-)
+from mra.dad.records import FILTERED, GENERATED, MODEL_FILES, PictureProcess, manifests, run_on_pictures
 from tbps_common.errors import InputError
 from tbps_common.pipeline import Dropped, Record
 from tbps_common.pipeline.models import choose_dtype, load_model, require_model
@@ -34,7 +24,9 @@ PUBLISHED_SHARE = 10.63
 """Of 1,362,520 pictures, in percent (paper)."""
 
 NO_POSE_MODEL = "none"
-
+_SETTINGS = (
+    "min_chroma min_chroma_spread pose_model keypoint_score min_keypoints min_extent any_order precision"
+).split()
 
 # Key points of COCO, as pose models number them.
 HEAD = (0, 1, 2, 3, 4)
@@ -56,12 +48,7 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.pose_model != NO_POSE_MODEL:
         require_model("--pose_model", args.pose_model, *MODEL_FILES)
-    records, source = read_input(Path(args.work), GENERATED)
-    records = args.shard.of(records)  # the others need not stay in memory
-    require_images(args, records)
-    names = ("min_chroma", "min_chroma_spread", "pose_model", "keypoint_score", "min_keypoints", "min_extent")
-    settings = {**{name: getattr(args, name) for name in (*names, "any_order", "precision")}, "input": source}
-    status = run(args, FILTERED, records, settings, lambda: _build(args))
+    status = run_on_pictures(args, GENERATED, FILTERED, _build, settings=_SETTINGS)
     print(share_sentence(Path(args.work)))
     return status
 
@@ -77,27 +64,28 @@ def share_sentence(work: Path) -> str:
     return f"{removed} of {judged} pictures removed: {share:.2f} % (SDA: {PUBLISHED_SHARE} %)"
 
 
-def _build(args: argparse.Namespace) -> Process:
+def _build(args: argparse.Namespace) -> PictureProcess:
     estimate = None if args.pose_model == NO_POSE_MODEL else pose_estimator(args, choose_device(args.device))
 
     def judge(batch: list[Record], pictures: list[Any]) -> Sequence[Record | Dropped]:
-        results: list[Record | Dropped | None] = []
-        colourful: list[tuple[int, Any]] = []
+        results: list[Record | Dropped] = list(batch)
+        colourful: list[int] = []
         for place, picture in enumerate(pictures):
             measured = chroma(picture)
             reason = judge_colour(measured, args.min_chroma, args.min_chroma_spread)
-            values = {"chroma": round(measured.mean, 2), "chroma_spread": round(measured.spread, 2)}
-            results.append(Dropped(reason, values) if reason else None)
             if reason is None:
-                colourful.append((place, picture))
+                colourful.append(place)
+            else:
+                values = {"chroma": round(measured.mean, 2), "chroma_spread": round(measured.spread, 2)}
+                results[place] = Dropped(reason, values)
         if estimate is None or not colourful:
-            return [record if result is None else result for record, result in zip(batch, results)]
-        poses = estimate([picture for _, picture in colourful])
-        for (place, picture), (keypoints, scores) in zip(colourful, poses):
+            return results
+        poses = estimate([pictures[place] for place in colourful])
+        for place, (keypoints, scores) in zip(colourful, poses):
             reason = judge_pose(
                 keypoints,
                 scores,
-                picture.height,
+                pictures[place].height,
                 min_score=args.keypoint_score,
                 min_count=args.min_keypoints,
                 min_extent=args.min_extent,
@@ -106,9 +94,9 @@ def _build(args: argparse.Namespace) -> Process:
             if reason:
                 count = int((scores >= args.keypoint_score).sum())
                 results[place] = Dropped(reason, {"keypoints": count})
-        return [record if result is None else result for record, result in zip(batch, results)]
+        return results
 
-    return with_pictures(args.images, judge)
+    return judge
 
 
 def pose_estimator(args: argparse.Namespace, device: torch.device) -> Callable[[list[Any]], list[tuple[Any, Any]]]:
@@ -121,12 +109,9 @@ def pose_estimator(args: argparse.Namespace, device: torch.device) -> Callable[[
 
     name = args.pose_model
     dtype = choose_dtype(args.precision, device, on_gpu="fp32")
-    processor: Any = load_model("--pose_model", name, lambda: VitPoseImageProcessor.from_pretrained(name))
-    model: Any = load_model(
-        "--pose_model",
-        name,
-        lambda: VitPoseForPoseEstimation.from_pretrained(name, dtype=dtype, use_safetensors=True),
-    )
+    processor: Any = load_model("--pose_model", name, VitPoseImageProcessor.from_pretrained)
+    loader = VitPoseForPoseEstimation.from_pretrained
+    model: Any = load_model("--pose_model", name, loader, dtype=dtype, use_safetensors=True)
     if model.config.num_labels != 17:
         raise InputError(
             f"--pose_model {name} finds {model.config.num_labels} key points: give one of COCO's 17 key points"

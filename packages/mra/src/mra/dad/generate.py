@@ -176,17 +176,12 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> Any:
     common: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     more: dict[str, Any] = {}
     if args.controlnet:
-        kind = diffusers.ControlNetModel
-        more["controlnet"] = load_model(
-            "--controlnet", args.controlnet, lambda: kind.from_pretrained(args.controlnet, **common)
-        )
-    pipeline: Any = load_model(
-        "--model",
-        args.model,
-        lambda: diffusers.AutoPipelineForText2Image.from_pretrained(args.model, **common, **more),
-    )
+        loader = diffusers.ControlNetModel.from_pretrained
+        more["controlnet"] = load_model("--controlnet", args.controlnet, loader, **common)
+    loader = diffusers.AutoPipelineForText2Image.from_pretrained
+    pipeline: Any = load_model("--model", args.model, loader, **common, **more)
     if args.lora:
-        load_model("--lora", args.lora, lambda: pipeline.load_lora_weights(args.lora, use_safetensors=True))
+        load_model("--lora", args.lora, pipeline.load_lora_weights, use_safetensors=True)
         require_effective_lora("--lora", args.lora, pipeline)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would put black pictures in the place of some; the next stage filters

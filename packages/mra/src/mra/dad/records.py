@@ -103,14 +103,14 @@ def read_input(folder: Path, stem: str, *fields: str) -> tuple[list[Record], str
             raise DatasetError(
                 f"{folder}/{stem}*.jsonl: the record of {image_of(record)} has no {absent[0]}: run {command} again"
             )
-    _require_safe(keys, f"{folder}/{stem}*.jsonl")
-    return records, _digest_of_stage(folder, stem)
-
-
-def _require_safe(images: list[str], file: str) -> None:
-    for image in images:
+    for image in keys:
         if not isinstance(image, str) or os.path.isabs(image) or ".." in Path(image).parts or "\0" in image:
-            raise DatasetError(f"{file} names the image {image!r}, which does not lie below --images: correct it")
+            raise DatasetError(
+                f"{folder}/{stem}*.jsonl names the image {image!r}, which does not lie below --images: correct it"
+            )
+    # `read_stage` has seen that all shards have the same settings.
+    settings = {json.dumps(manifest["settings"], sort_keys=True) for manifest in manifests(folder, stem)}
+    return records, digest(*sorted(settings))
 
 
 def manifests(folder: Path, stem: str) -> list[Record]:
@@ -132,12 +132,6 @@ def manifests(folder: Path, stem: str) -> list[Record]:
     return found
 
 
-def _digest_of_stage(folder: Path, stem: str) -> str:
-    # `read_stage` has seen that all shards have the same settings.
-    settings = {json.dumps(manifest["settings"], sort_keys=True) for manifest in manifests(folder, stem)}
-    return digest(*sorted(settings))
-
-
 def digest(*texts: str) -> str:
     """A short fingerprint of texts."""
     joined = hashlib.sha256()
@@ -146,23 +140,38 @@ def digest(*texts: str) -> str:
     return joined.hexdigest()[:16]
 
 
-def require_images(args: argparse.Namespace, records: list[Record]) -> None:
-    """Require the pictures of all records.
-
-    Raises:
-        DatasetError: some are missing.
-    """
-    paths = [os.path.join(args.images, image_of(record)) for record in records]
-    check_images_exist(paths, args.images, flag="--images")
-
-
-def with_pictures(images: str, process: PictureProcess) -> Process:
-    """`process` of the records whose pictures can be read, and those pictures; the other records are dropped.
+def run_on_pictures(
+    args: argparse.Namespace,
+    source: str,
+    stem: str,
+    build: Callable[[argparse.Namespace], PictureProcess],
+    *,
+    settings: Sequence[str],
+    fields: Sequence[str] = (),
+) -> int:
+    """Run this shard of a stage that looks at the pictures of the stage before; returns the exit status.
 
     Args:
-        images: folder that the records' names start from.
-        process: a batch of records and their pictures -> a result for each, in order; never called with none.
+        args: flags of the subcommand.
+        source: stem of the stage before.
+        stem: of the output.
+        build: loads the models and returns what turns a batch of records and their pictures into a result for each, in
+            order. It never gets an empty batch, and no picture that cannot be read: that record is dropped.
+        settings: names of the flags that the results depend on.
+        fields: what the records of `source` must hold, beside image, index and variant.
+
+    Raises:
+        InputError: the stage before is not finished, pictures are missing, or flags or models cannot be used.
     """
+    records, made_with = read_input(Path(args.work), source, *fields)
+    records = args.shard.of(records)  # the others need not stay in memory
+    paths = [os.path.join(args.images, image_of(record)) for record in records]
+    check_images_exist(paths, args.images, flag="--images")
+    values = {**{name: getattr(args, name) for name in settings}, "input": made_with}
+    return run(args, stem, records, values, lambda: _with_pictures(args.images, build(args)))
+
+
+def _with_pictures(images: str, process: PictureProcess) -> Process:
 
     def run_batch(batch: list[Record]) -> Iterable[Record | Dropped]:
         pictures: list[Image | None] = []

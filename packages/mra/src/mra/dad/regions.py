@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mra.dad.pack import pack
-from mra.dad.records import CAPTIONED, MODEL_FILES, REGIONS, Process, read_input, require_images, run, with_pictures
+from mra.dad.records import CAPTIONED, MODEL_FILES, REGIONS, PictureProcess, run_on_pictures
 from tbps_common.errors import InputError
 from tbps_common.pipeline import Dropped, Record
 from tbps_common.pipeline.models import choose_dtype, load_model, require_model
@@ -34,28 +34,21 @@ def main(args: argparse.Namespace) -> int:
         pack(Path(args.work), Path(args.sda))
         return 0
     require_model("--model", args.model, *MODEL_FILES)
-    records, source = read_input(Path(args.work), CAPTIONED, "caption")
-    records = args.shard.of(records)  # the others need not stay in memory
-    require_images(args, records)
-    names = ("model", "box_threshold", "text_threshold", "min_side", "overlap", "precision")
-    settings = {**{name: getattr(args, name) for name in names}, "input": source}
-    status = run(args, REGIONS, records, settings, lambda: _build(args))
+    settings = ("model", "box_threshold", "text_threshold", "min_side", "overlap", "precision")
+    status = run_on_pictures(args, CAPTIONED, REGIONS, _build, settings=settings, fields=("caption",))
     if status == 0 and args.shard.count == 1:
         pack(Path(args.work), Path(args.sda))
     return status
 
 
-def _build(args: argparse.Namespace) -> Process:
+def _build(args: argparse.Namespace) -> PictureProcess:
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device, on_gpu="fp32")
-    processor: Any = load_model("--model", args.model, lambda: AutoProcessor.from_pretrained(args.model))
-    model: Any = load_model(
-        "--model",
-        args.model,
-        lambda: AutoModelForZeroShotObjectDetection.from_pretrained(args.model, dtype=dtype, use_safetensors=True),
-    )
+    processor: Any = load_model("--model", args.model, AutoProcessor.from_pretrained)
+    loader = AutoModelForZeroShotObjectDetection.from_pretrained
+    model: Any = load_model("--model", args.model, loader, dtype=dtype, use_safetensors=True)
     _require_grounding(processor, args.model)
     model.to(device).eval()
     special = set(processor.tokenizer.all_special_tokens)
@@ -87,7 +80,7 @@ def _build(args: argparse.Namespace) -> Process:
             results.append({**record, **kept, "removed": dict(Counter(removed))})
         return results
 
-    return with_pictures(args.images, detect)
+    return detect
 
 
 def grounding_text(caption: str) -> str:

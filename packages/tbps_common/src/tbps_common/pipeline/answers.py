@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
+
+from tbps_common.pipeline.journal import refuse_constant
 
 # Tags between which models reason aloud; the last two groups are Mistral's and gpt-oss's.
 _NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis)"
@@ -79,7 +81,7 @@ def final_answer(text: str) -> str:
 
 def json_values(text: str) -> Iterator[Any]:
     """The JSON arrays and objects in a text, in their order; what stands inside another one is not listed by itself."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    decoder = json.JSONDecoder(parse_constant=refuse_constant)
     place = 0
     while found := _JSON_START.search(text, place):
         try:
@@ -115,7 +117,3 @@ def _without_marks(text: str) -> str:
     text = _BEGINS.sub("", text)
     end = _ENDS.search(text)
     return text[: end.start()] if end else text
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TypeVar
 
 from tbps_common.pipeline.answers import Rejected, final_answer
-from tbps_common.pipeline.client import BadReply, ChatClient, Message, RequestFailed, ServerRefusal, Stopped
+from tbps_common.pipeline.client import BadReply, ChatClient, ItemBudget, Message, RequestFailed, ServerRefusal, Stopped
 from tbps_common.pipeline.journal import Record
 from tbps_common.pipeline.stages import Dropped, Results, Work
 
@@ -26,9 +26,7 @@ class Conversation:
     """
 
     def __init__(self, client: ChatClient, tries: int) -> None:
-        self._client, self._tries = client, tries
-        self._budget = client.budget()
-        self._retries = self._budget.retries
+        self._client, self._tries, self._budget = client, tries, ItemBudget()
         self.last_answer: str | None = None
 
     @property
@@ -48,7 +46,7 @@ class Conversation:
             RequestFailed: there is no answer.
             ServerRefusal: no request of this run can succeed.
         """
-        self._budget.retries = self._retries
+        self._budget.failures = 0
         question = list(messages)
         tries = 0
         while True:

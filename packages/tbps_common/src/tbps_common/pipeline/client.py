@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import importlib.util
 import ipaddress
 import json
 import math
@@ -12,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -60,35 +59,24 @@ class _Relearned(Exception):
 class _Passing(Exception):
     """A failure that the next try may not meet."""
 
-    def __init__(self, reason: str, retry_after: float | None = None, *, limit: bool = False) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.retry_after, self.limit = retry_after, limit
+        self.retry_after = retry_after
 
 
 @dataclass
 class ItemBudget:
-    """What one item may cost: seconds from its first request on, and retries of failed requests.
+    """What one item has cost, over all its questions.
 
     Attributes:
-        seconds: total, over all requests and pauses.
-        retries: left.
         requests: made so far.
+        failures: of the requests of the present question, tried again since.
+        expires: when its time is over, by `time.monotonic`; it begins with the first request.
     """
 
-    seconds: float
-    retries: int
     requests: int = 0
-    _expires: float | None = field(default=None, repr=False)
-
-    def begin(self) -> None:
-        """Start the clock, at the first request."""
-        if self._expires is None:
-            self._expires = time.monotonic() + self.seconds
-
-    @property
-    def remaining(self) -> float:
-        """Seconds left."""
-        return self.seconds if self._expires is None else self._expires - time.monotonic()
+    failures: int = 0
+    expires: float | None = None
 
 
 def request_fields(text: str) -> dict[str, Any]:
@@ -126,7 +114,7 @@ class ChatClient:
 
     Tried again, with growing pauses or after the server's `Retry-After`: statuses 408, 409, 429 and 5xx, broken
     connections, and requests without an answer after `timeout`. A pause holds no place: other items go on meanwhile, unless
-    the server says 429 with a `Retry-After` twice without an answer between: then all wait, for the limit is the account's.
+    the server names a `Retry-After` twice without an answer between: then all wait, for the limit is the account's.
 
     Attributes:
         model: name sent to the server.
@@ -160,7 +148,7 @@ class ChatClient:
             concurrency: requests in flight, at most.
             timeout: seconds for one request.
             deadline: seconds for one item, over all its requests and pauses.
-            max_retries: retries of one item, at most.
+            max_retries: retries of one question, at most.
             min_interval: seconds between the starts of two requests, over all items.
             sampling: further fields of the request, such as `temperature` or `max_tokens`; None values are left out. One that
                 the server says it does not know is left out from then on.
@@ -168,7 +156,7 @@ class ChatClient:
             key_optional: a server with an address of its own may do without a key.
 
         Raises:
-            InputError: the key is missing, or the address is none.
+            InputError: the key is missing, or the address is not that of a server.
         """
         self.model = model
         self.concurrency = concurrency
@@ -179,20 +167,18 @@ class ChatClient:
         without = key_optional and self._base_url is not None and not os.environ.get(api_key_env, "").strip()
         self._key = _NO_KEY if without else require_api_key(api_key_env)
         self._key_variable = api_key_env
-        if self._base_url is not None:
-            _check_address(self._base_url)
+        if self._base_url is not None and not _is_address(self._base_url, ("http", "https")):
+            raise InputError(
+                "--base_url (or OPENAI_BASE_URL) is not the address of a server: give one such as http://localhost:8000/v1"
+            )
         self._timeout, self._deadline, self._max_retries = timeout, deadline, max_retries
         self._min_interval, self._next_start = min_interval, 0.0
-        self._limits, self._not_before = 0, 0.0
+        self._waits_asked_for = 0
         given = {**(sampling or {}), **(fields or {})}
         self._fields = {name: value for name, value in given.items() if value is not None}
-        self._random = random.Random()
         self._openai: Any = None
         self._client: Any = None
         self._places: asyncio.Semaphore | None = None
-
-    def __repr__(self) -> str:
-        return f"ChatClient(model={self.model!r}, server={self.server!r})"
 
     @property
     def server(self) -> str:
@@ -202,19 +188,13 @@ class ChatClient:
         parts = urlsplit(self._base_url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    def budget(self) -> ItemBudget:
-        """A fresh budget for one item."""
-        return ItemBudget(self._deadline, self._max_retries)
-
     async def __aenter__(self) -> "ChatClient":
         import openai
 
         self._openai = openai
         self.stopping = False  # what stopped an earlier run may have been put right
-        direct = _is_loopback(self._base_url)
-        if direct:
-            _note_unused_proxy(self._base_url)
-        else:
+        direct = _is_on_this_machine(self._base_url)
+        if not direct:
             _check_connection_variables()
         try:
             # Retrying is ours: the package's own retries know neither the item's deadline nor our stop.
@@ -245,26 +225,25 @@ class ChatClient:
             budget: of the item; several questions about it share one.
 
         Raises:
-            RequestFailed: there is no answer, and the budget is spent or trying again is of no use.
+            RequestFailed: there is no answer, and the retries or the item's time are spent, or trying again is useless.
             BadReply: the answer is empty, cut off, or not in the form of a chat completion.
             ServerRefusal: no request of this run can succeed.
             Stopped: `stopping` is set.
         """
         assert self._places is not None, "use the client as `async with`"
-        failures = 0
         while True:
             async with self._places:
-                if self.stopping:
-                    raise Stopped
                 await self._wait_for_turn()
                 if self.stopping:
                     raise Stopped
-                budget.begin()
-                if budget.remaining <= 0:
-                    raise RequestFailed(f"no answer within the item's {budget.seconds:g} s")
+                if budget.expires is None:
+                    budget.expires = time.monotonic() + self._deadline
+                remaining = budget.expires - time.monotonic()
+                if remaining <= 0:
+                    raise RequestFailed(f"no answer within the item's {self._deadline:g} s")
                 budget.requests += 1
                 try:
-                    return await self._request(messages, min(self._timeout, budget.remaining))
+                    return await self._request(messages, min(self._timeout, remaining))
                 except ServerRefusal:
                     self.stopping = True
                     raise
@@ -272,34 +251,29 @@ class ChatClient:
                     continue
                 except _Passing as problem:
                     passing = problem
-            if budget.retries <= 0:
+            if budget.failures >= self._max_retries:
                 raise RequestFailed(f"{passing}; no retry is left")
-            pause = self._pause(failures, passing.retry_after)
-            if pause >= budget.remaining:
-                raise RequestFailed(f"{passing}; the item's {budget.seconds:g} s leave no time to try again")
-            if passing.limit and passing.retry_after is not None:
-                self._limits += 1
-                if self._limits > 1:
-                    self._not_before = max(self._not_before, time.monotonic() + passing.retry_after)
-            budget.retries -= 1
-            failures += 1
+            pause = self._pause(budget.failures, passing.retry_after)
+            if pause >= budget.expires - time.monotonic():
+                raise RequestFailed(f"{passing}; the item's {self._deadline:g} s leave no time to try again")
+            if passing.retry_after is not None:
+                self._waits_asked_for += 1
+                if self._waits_asked_for > 1:
+                    self._next_start = max(self._next_start, time.monotonic() + passing.retry_after)
+            budget.failures += 1
             self.retries += 1
             await asyncio.sleep(pause)
 
     def _pause(self, failures: int, retry_after: float | None) -> float:
         if retry_after is not None:
-            return retry_after * (1 + 0.1 * self._random.random())  # not everybody at the same moment
-        return min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE) * (0.5 + 0.5 * self._random.random())
+            return retry_after * (1 + 0.1 * random.random())  # not everybody at the same moment
+        return min(_FIRST_PAUSE * 2**failures, _LONGEST_PAUSE) * (0.5 + 0.5 * random.random())
 
     async def _wait_for_turn(self) -> None:
-        while (left := self._not_before - time.monotonic()) > 0 and not self.stopping:
+        """Wait until a request may start, or `stopping` is set."""
+        while (left := self._next_start - time.monotonic()) > 0 and not self.stopping:
             await asyncio.sleep(min(left, _POLL_SECONDS))
-        if self._min_interval <= 0:
-            return
-        now = time.monotonic()
-        start = max(now, self._next_start)
-        self._next_start = start + self._min_interval
-        await asyncio.sleep(start - now)
+        self._next_start = max(self._next_start, time.monotonic() + self._min_interval)
 
     async def _request(self, messages: Sequence[Message], seconds: float) -> str:
         openai = self._openai
@@ -352,7 +326,7 @@ class ChatClient:
         if len(self._key) >= _SHORTEST_SECRET and self._key in text:
             raise BadReply("the answer repeats the API key")
         self.answers += 1
-        self._limits = 0
+        self._waits_asked_for = 0
         return text
 
     def _judge(self, status: int, body: Any, headers: Mapping[str, str], fields: Mapping[str, Any]) -> Exception:
@@ -370,7 +344,7 @@ class ChatClient:
         if status == 404 and self.answers == 0:
             return ServerRefusal(f"{self.server} has no such address or model ({reason}): check --base_url and --model")
         if status in RETRIED_STATUS or status >= 500:
-            return _Passing(reason, _retry_after(headers), limit=status == 429)
+            return _Passing(reason, _retry_after(headers))
         if self._learn(json.dumps(body, default=str), details.get("param"), fields):
             return _Relearned()
         return RequestFailed(reason)
@@ -442,19 +416,27 @@ def _joined(content: Any) -> str | None:
     return "".join(texts)
 
 
-def _is_loopback(address: str | None) -> bool:
+def _is_on_this_machine(address: str | None) -> bool:
+    """Whether no proxy leads to the server; a note says so where one is configured for all hosts."""
     host = urlsplit(address or "").hostname or ""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            return False
     except ValueError:
         return False
-
-
-def _note_unused_proxy(address: str | None) -> None:
-    host = urlsplit(address or "").hostname or ""
     name = next((name for name in _PROXIES if os.environ.get(name, "").strip()), None)
     if name is not None and not proxy_bypass(host):
         print(f"note: the server is on this machine, so the proxy in {name} is not used", file=sys.stderr)
+    return True
+
+
+def _is_address(text: str, schemes: Sequence[str]) -> bool:
+    """Whether a text is a URL of one of the schemes, with a host and a possible port."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is not a number, or too large
+        return False
 
 
 def _check_connection_variables() -> None:
@@ -465,38 +447,18 @@ def _check_connection_variables() -> None:
     """
     for name in _PROXIES:
         value = os.environ.get(name, "").strip()
-        if not value:
-            continue
-        try:
-            parts = urlsplit(value if "://" in value else f"http://{value}")
-            usable = parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # the port is not a number, or too large
-            usable = False
-        if not usable:
+        proxy = value if "://" in value else f"http://{value}"
+        if value and not _is_address(proxy, ("http", "https", "socks5", "socks5h")):
             raise ServerRefusal(
                 f"the environment variable {name} does not hold the address of a proxy: give one such as "
                 "http://HOST:PORT or socks5://HOST:PORT, or unset it"
             )
-        if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
-            raise ServerRefusal(f"the environment variable {name} names a SOCKS proxy: run  pip install socksio")
     for name, is_there in (("SSL_CERT_FILE", Path.is_file), ("SSL_CERT_DIR", Path.is_dir)):
         value = os.environ.get(name, "").strip()
         if value and not is_there(Path(value)):
             raise ServerRefusal(
                 f"the environment variable {name} names {value}, which does not exist: correct or unset it"
             )
-
-
-def _check_address(address: str) -> None:
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise InputError(
-            "--base_url (or OPENAI_BASE_URL) is not the address of a server: give one such as http://localhost:8000/v1"
-        )
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

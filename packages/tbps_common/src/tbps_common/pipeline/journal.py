@@ -88,17 +88,14 @@ class Journal:
 
     def _repair(self) -> tuple[list[Record], list[bytes], bool]:
         content = self.path.read_bytes()
-        torn = bool(content) and not content.endswith(b"\n")
+        end = content.rfind(b"\n") + 1
+        last = content[end:]
+        torn = bool(last) and _decode(last) is None
         if torn:
-            whole, _, last = content.rpartition(b"\n")
-            kept = len(whole) + 1 if whole or content.startswith(b"\n") else 0
-            if _decode(last) is not None:  # complete but for its line end: no cut object can be read as one
-                os.write(self._file.fileno(), b"\n")
-                torn = False
-                content += b"\n"
-            else:
-                os.truncate(self._file.fileno(), kept)
-                content = content[:kept]
+            os.truncate(self._file.fileno(), end)
+            content = content[:end]
+        elif last:  # complete but for its line end: no cut object can be read as one
+            os.write(self._file.fileno(), b"\n")
         records, unreadable = [], []
         for line in content.splitlines(keepends=True):
             record = _decode(line)
@@ -149,7 +146,7 @@ def _parse(line: bytes) -> Record | str:
     """The object of a line, or why it is not a JSON object that could be written again."""
     try:
         text = line.decode("utf-8")
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
         if not isinstance(value, dict):
             return "it is not a JSON object"
         if "\\ud" in text or "\\uD" in text:
@@ -165,7 +162,8 @@ def _parse(line: bytes) -> Record | str:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """For `parse_constant` of json: NaN and infinity are not JSON, though Python reads them."""
     raise ValueError(f"{name} is not a JSON value")
 
 

@@ -61,15 +61,15 @@ def require_model(flag: str, name: str, *markers: str) -> None:
         raise InputError(f"{flag} {name} is not a folder: check the path, or give a name of the hub such as owner/name")
 
 
-def load_model(flag: str, name: str, loader: Callable[[], Model]) -> Model:
-    """Call `loader` without the libraries' own remarks, and put whatever goes wrong into one sentence.
+def load_model(flag: str, name: str, loader: Callable[..., Model], **options: Any) -> Model:
+    """`loader(name, **options)` without the libraries' own remarks; whatever goes wrong becomes one sentence.
 
     Raises:
         InputError: names the flag and the model.
     """
     try:
         with quiet_libraries():
-            return loader()
+            return loader(name, **options)
     except InputError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -148,11 +148,6 @@ class Outcome:
             return self.interrupted
         return 2 if self.refusal is not None else int(self.missing > 0)
 
-    @property
-    def per_second(self) -> float:
-        """Items that this run settled, per second."""
-        return (self.items - self.missing - self.before) / max(self.seconds, 1e-9)
-
     def sentence(self, unit: str = "item") -> str:
         """What happened, in one line."""
         parts = [f"{self.kept} {unit}s kept"]
@@ -165,7 +160,8 @@ class Outcome:
             parts.append(f"{self.failed} without an answer")
         if self.missing:
             parts.append(f"{self.missing} to do: run the same command again")
-        return f"{self.output}: {', '.join(parts)} ({self.per_second:.2f} {unit}s per second)"
+        rate = (self.items - self.missing - self.before) / max(self.seconds, 1e-9)
+        return f"{self.output}: {', '.join(parts)} ({rate:.2f} {unit}s per second)"
 
 
 def run_stage(
@@ -345,7 +341,7 @@ def begin_manifest(output: str | Path, settings: Record, notes: Record | None = 
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     earlier: Record = {}
     begun = _is_begun(Path(output))
-    # A run that failed before its first record binds nobody to its settings.
+    # A run that failed before its first record does not fix the settings.
     if path.exists() and begun:
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -409,7 +405,7 @@ def read_stage(folder: str | Path, stem: str) -> list[Record]:
     if whole.is_file():
         if shards:
             raise DatasetError(f"{folder} holds {whole.name} and shards of it ({shards[0][2].name}): keep one of them")
-        return _records(whole)
+        return _read_finished(whole)[0]
     if not shards:
         raise DatasetError(f"{whole} does not exist; run the stage that writes it first")
     counts = {count for _, count, _ in shards}
@@ -423,17 +419,8 @@ def read_stage(folder: str | Path, stem: str) -> list[Record]:
         raise DatasetError(
             f"{folder}: of {stem}, shard {missing[0]}/{total} is missing ({len(missing)} in all); run it"
         )
-    parts = [_records(path) for _, _, path in shards]
-    _require_same_settings([path for _, _, path in shards])
-    longest = max(map(len, parts))
-    return [part[row] for row in range(longest) for part in parts if row < len(part)]
-
-
-def _require_same_settings(shards: list[Path]) -> None:
-    made: list[tuple[Path, Record]] = []
-    for path in shards:
-        if manifest_path(path).is_file():
-            made.append((path, json.loads(manifest_path(path).read_text(encoding="utf-8")).get("settings", {})))
+    parts = [_read_finished(path) for _, _, path in shards]
+    made = [(path, settings) for (_, _, path), (_, settings) in zip(shards, parts) if settings is not None]
     for path, settings in made[1:]:
         first, expected = made[0]
         if settings != expected:
@@ -442,14 +429,20 @@ def _require_same_settings(shards: list[Path]) -> None:
                 f"{first} was made with {name}={expected.get(name)!r} and {path.name} with {name}={settings.get(name)!r}: "
                 "make all shards with the same settings"
             )
+    longest = max(len(records) for records, _ in parts)
+    return [records[row] for row in range(longest) for records, _ in parts if row < len(records)]
 
 
-def _records(path: Path) -> list[Record]:
+def _read_finished(path: Path) -> tuple[list[Record], Record | None]:
+    """The records of a finished output, and the settings it was made with if it has a manifest."""
     manifest = manifest_path(path)
-    try:
-        finished = json.loads(manifest.read_text(encoding="utf-8"))["finished"] if manifest.is_file() else True
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{manifest} is damaged; run the stage that writes {path.name} again") from error
+    finished, settings = True, None
+    if manifest.is_file():
+        try:
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            finished, settings = content["finished"], dict(content.get("settings", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DatasetError(f"{manifest} is damaged; run the stage that writes {path.name} again") from error
     if not finished:
         raise DatasetError(f"{path} is not finished; run the stage that writes it again, it goes on where it stopped")
     records = []
@@ -457,4 +450,4 @@ def _records(path: Path) -> list[Record]:
         if isinstance(line, str):
             raise DatasetError(f"{path}, line {number + 1}: {line}")
         records.append(line)
-    return records
+    return records, settings
