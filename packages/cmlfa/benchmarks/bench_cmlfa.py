@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each form; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the training step runs")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         devices = torch.cuda.device_count()
     if devices < args.nproc_per_node:
         using = f"{devices} GPU(s)" if devices else f"the CPU with {args.cpu_processes} process(es)"
-        print(f"{args.nproc_per_node} GPUs asked for, {devices} found: using {using}", flush=True)
+        print(f"{args.nproc_per_node} GPUs requested, {devices} found: using {using}", flush=True)
     words = launch_command(argv, devices)
     os.execv(words[0], words)
 

@@ -234,7 +234,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(
     assert train_main(train_flags("finetune", tmp_path, *run, "--save_total_limit", "1")) == 0
     shown = capsys.readouterr().out
     (warning,) = (line for line in shown.splitlines() if line.startswith("warning"))
-    assert str(damaged) in warning and f"going on from {sound}" in warning
+    assert str(damaged) in warning and f"resuming from {sound}" in warning
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
     assert_same(whole, tmp_path)
 

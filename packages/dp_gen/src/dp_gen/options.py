@@ -74,7 +74,7 @@ def _resolution(text: str) -> int:
 def _seed(text: str) -> int:
     value = whole_number(0)(text)
     if value > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED} (numpy takes no larger one), not {value}")
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED} (numpy accepts no larger one), not {value}")
     return value
 
 
@@ -177,20 +177,22 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--lr_warmup_steps", type=whole_number(0), default=500, help="warm-up; without effect for 'constant'"
     )
-    run.add_argument("--adam_beta1", type=number(0, 1), default=0.9, help="of AdamW")
-    run.add_argument("--adam_beta2", type=number(0, 1), default=0.999, help="of AdamW")
-    run.add_argument("--adam_weight_decay", type=number(0), default=1e-2, help="of AdamW, on every parameter")
-    run.add_argument("--adam_epsilon", type=number(0, above=True), default=1e-8, help="of AdamW")
+    run.add_argument("--adam_beta1", type=number(0, 1), default=0.9, help="first beta of AdamW")
+    run.add_argument("--adam_beta2", type=number(0, 1), default=0.999, help="second beta of AdamW")
+    run.add_argument(
+        "--adam_weight_decay", type=number(0), default=1e-2, help="weight decay of AdamW, on every parameter"
+    )
+    run.add_argument("--adam_epsilon", type=number(0, above=True), default=1e-8, help="epsilon of AdamW")
     run.add_argument("--max_grad_norm", type=number(0, above=True), default=1.0, help="gradients are clipped to it")
     run.add_argument(
         "--mixed_precision", choices=PRECISIONS, help="default: what accelerate launch was told, otherwise no"
     )
     run.add_argument("--checkpointing_steps", type=whole_number(1), default=500, help="updates between checkpoints")
-    run.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest' (starts anew if there is none)")
-    run.add_argument("--keep_only_last_checkpoint", action="store_true", help="delete older checkpoints")
     run.add_argument(
-        "--keep_interval", type=whole_number(1), help="of the older checkpoints keep those of every N-th update"
+        "--resume_from_checkpoint", help="a checkpoint folder, or 'latest' (starts from scratch if there is none)"
     )
+    run.add_argument("--keep_only_last_checkpoint", action="store_true", help="delete older checkpoints")
+    run.add_argument("--keep_interval", type=whole_number(1), help="keep older checkpoints of every N-th update")
     run.add_argument(
         "--reference_attribute_types", help="attribute types to train on, joined by '_'; default: every type"
     )
@@ -242,7 +244,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
         "--seg_map_interpolation",
         choices=("bilinear", "nearest"),
         default="bilinear",
-        help="of the mask when a tall image is squeezed: bilinear blends segment ids at borders as released, nearest "
+        help="how the mask is resized when a tall image is squeezed: bilinear blends segment ids at borders as released, nearest "
         "keeps them and is better for new trainings",
     )
     ours.add_argument(

@@ -19,7 +19,7 @@ the phrases of each caption that name them.
 file_path (or img_path) and id. Every caption becomes one sample: OUT/00000/000000017.{jpg,json,npy}, with
 OUT/img_ids{,_train,_test}.txt, meta.jsonl (where each sample comes from), segments_report.json and segments.png (some
 samples with their regions and phrases, to look at).
-After an interruption the same command goes on where it stopped. On several GPUs or machines run it once for each, with
+Run the same command again after an interruption to continue where it stopped. On several GPUs or machines run it once for each, with
 --shard 1/4, 2/4, ... and the same --output_dir; the last one to finish writes the lists.
 """
 

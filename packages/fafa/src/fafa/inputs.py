@@ -169,14 +169,14 @@ def _check_sizes(paths: list[str]) -> None:
         )
     if small:
         logger.warning(
-            "%d of %d images looked at are too small for --transform squarepad (%s); such triplets will be left out",
+            "%d of %d images checked are too small for --transform squarepad (%s); such triplets will be left out",
             len(small),
             len(sizes),
             _listed(small),
         )
     if large:
         logger.warning(
-            "%d of %d images looked at are not of %d x %d pixels (%s): --transform squarepad cuts a part out of them",
+            "%d of %d images checked are not of %d x %d pixels (%s): --transform squarepad cuts a part out of them",
             len(large),
             len(sizes),
             _CROP_HEIGHT,

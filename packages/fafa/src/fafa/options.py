@@ -49,7 +49,7 @@ The paper's command, run from packages/fafa:
 A flag given twice keeps its last value, so a command can be adapted by appending to it.
 The run directory <output-dir>/<date>_<time>_<exp-name> receives training_hyperparameters.json, the tables of losses and
 validations, saved_models/ and the state that --resume continues from.
-Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process has batches of its own).
+Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process has its own batches).
 """
 
 
@@ -314,7 +314,7 @@ Compute the features of all images of a folder once, for fafa-search:
 
   fafa-index --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --images FOLDER --out gallery.safetensors
 
-An index that exists already is completed with the images it lacks.
+An existing index is completed with the images missing from it.
 """
 SEARCH = """\
 Find images of the person of a picture, with the changes that a sentence names, best first:

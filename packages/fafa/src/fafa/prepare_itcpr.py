@@ -22,7 +22,7 @@ Put the images of ITCPR's three sources into place:
 * PRCC: the folders of rgb (train, val, test) go to PRCC/.
 
 Sources can be given one by one, at different times. Files that are there already with the same size are left alone, so
-an interrupted command can be repeated. At the end the images that the annotation names are looked for.
+an interrupted command can be repeated. At the end it checks that all images named by the annotation are there.
 """
 MODES = ("copy", "hardlink", "symlink")
 ANNOTATIONS = ("query.json", "gallery.json")

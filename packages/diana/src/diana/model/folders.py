@@ -122,5 +122,5 @@ def _from_hub(name: str, weights: bool) -> Path:
             "log in if the repository is gated."
         ) from error
     if not _complete(folder, weights):
-        raise CheckpointError(f"The repository {name} holds no config.json with weights beside it; check the name.")
+        raise CheckpointError(f"The repository {name} holds no config.json with weights next to it; check the name.")
     return folder
