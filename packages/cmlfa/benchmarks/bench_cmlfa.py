@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} must be at least 1, but it is {getattr(args, flag)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU: use --device cpu.")
+        raise InputError("--device cuda was given, but torch finds no GPU: use --device cpu.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rows = [*training_step(args), *host_side(args), *evaluation(args)]

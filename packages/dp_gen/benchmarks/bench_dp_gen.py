@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="timed repeats; the fastest counts")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="CPU threads")
     parser.add_argument("--rows", type=whole_number(1), default=32, help="rows to annotate")
-    parser.add_argument("--latency", type=number(0), default=0.5, help="seconds that the server takes for each answer")
+    parser.add_argument("--latency", type=number(0), default=0.5, help="seconds the server takes for each answer")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     if args.references > 3:
         raise InputError(f"--references {args.references} is more than the 3 slots: lower it")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU: use --device cpu")
+        raise InputError("--device cuda was given, but torch finds no GPU: use --device cpu")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = [*training_step(args), *capture_cost(args), *annotation(args)]

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     from tbps_common.files import write_json
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU: use --device cpu.")
+        raise InputError("--device cuda was given, but torch finds no GPU: use --device cpu.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     parts = {"training": training_step, "reranking": reranking}

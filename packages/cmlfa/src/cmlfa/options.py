@@ -59,12 +59,12 @@ the run directory. On a data set other than the training one (zero-shot): --data
 so the result depends on --test_batch_size.
 """
 VISUALIZE_DESCRIPTION = """\
-Draw the ranked list of one caption of the test split, or of a sentence of your own:
+Draw the ranked list of one caption of the test split, or of your own sentence:
 
   python visualize.py --config_file 'path/to/model_dir/configs.yaml' --query_idx 3900
   python visualize.py --config_file 'path/to/model_dir/configs.yaml' --caption "a woman in a red coat"
 
-The picture is a row: the caption's own image (not for a sentence of your own), then the best images from left to right,
+The picture is a row: the caption's own image (not for your own sentence), then the best images from left to right,
 framed green if they show the right person and red if not.
 """
 INDEX_DESCRIPTION = """\
@@ -287,7 +287,7 @@ def visualize_parser() -> argparse.ArgumentParser:
         default=3900,
         help="caption of the test split, from 0 (default: 3900 or last)",
     )
-    choice.add_argument("--caption", help="a sentence of your own")
+    choice.add_argument("--caption", help="your own sentence")
     parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show (default: 10)")
     parser.add_argument("--output", default="ui.png", help="picture to write (default: ui.png)")
     return parser

@@ -44,7 +44,7 @@ def checkpoints_to_resume(requested: str, output_dir: Path, *, overwrite: bool) 
         found = checkpoints(output_dir)[::-1]
         if not found:
             raise CheckpointError(
-                f"{output_dir} holds no checkpoint to resume from: leave --resume_from_checkpoint out"
+                f"{output_dir} holds no checkpoint to resume from: leave out --resume_from_checkpoint"
             )
         return found
     if requested.lower() not in ("", "false", "none"):

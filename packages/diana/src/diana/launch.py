@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--node_rank", type=int, default=0)
     parser.add_argument("--master_addr", default="127.0.0.1")
     parser.add_argument("--master_port", type=int, default=29500)
-    parser.add_argument("--nproc_per_node", type=int, default=8, help="most processes; one per GPU")
+    parser.add_argument("--nproc_per_node", type=int, default=8, help="largest number of processes; one per GPU")
     parser.add_argument(
         "--cpu_processes",
         type=int,

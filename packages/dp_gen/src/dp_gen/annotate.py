@@ -299,7 +299,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--base_url", help="address up to /v1; default: OPENAI_BASE_URL, or else OpenAI's own")
     server.add_argument("--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     server.add_argument("--concurrency", type=whole_number(1), default=8, help="requests in flight")
-    server.add_argument("--max_retries", type=whole_number(0), default=6, help="repeated requests per row")
+    server.add_argument("--max_retries", type=whole_number(0), default=6, help="retries per row")
     server.add_argument("--min_interval", type=number(0), default=0.0, help="seconds between the starts of requests")
     server.add_argument("--timeout", type=number(0, above=True), default=60.0, help="seconds for one request")
     server.add_argument(

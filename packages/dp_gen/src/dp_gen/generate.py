@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=shard,
         default=Shard(),
         metavar="I/N",
-        help="every N-th image from the I-th: for N GPUs or machines",
+        help="process every N-th image from the I-th, for N GPUs or machines",
     )
     edits = parser.add_argument_group("generate.py, edits (additions)")
     edits.add_argument("--edit_folder", help="training folder whose images are edited")
@@ -114,7 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     edits.add_argument("--mask_dilation", type=number(0, 0.5), default=0.04, help="edited regions grow by this share")
     edits.add_argument(
-        "--edit_mask", choices=("attributes", "full"), default="attributes", help="what may change: or the whole person"
+        "--edit_mask",
+        choices=("attributes", "full"),
+        default="attributes",
+        help="what may change: the edited attributes, or the whole person",
     )
     edits.add_argument(
         "--edit_caption",

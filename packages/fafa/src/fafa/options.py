@@ -175,7 +175,9 @@ def _add_authors_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--exp-name", type=experiment_name, default="cir", help="end of the run directory's name")
     run.add_argument("--num-epochs", type=whole_number(1), default=10, help="epochs of the whole run")
     run.add_argument("--batch-size", type=whole_number(1), default=256, help="triplets per step and process")
-    run.add_argument("--learning-rate", type=number(0, above=True), default=2e-6, help="highest rate of OneCycle")
+    run.add_argument(
+        "--learning-rate", type=number(0, above=True), default=2e-6, help="highest learning rate of OneCycle"
+    )
     run.add_argument("--validation-frequency", type=whole_number(1), default=1, help="epochs between two validations")
     run.add_argument("--validation-step", type=step_count, default=1_000_000, help="steps between two validations")
     run.add_argument("--save-training", action="store_true", help="write weights; without it none are written")
@@ -359,7 +361,7 @@ def search_args(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_run_flags(parser)
     parser.add_argument("--index", default="gallery.safetensors", help="index of fafa-index")
     parser.add_argument("--image", required=True, help="picture of the person")
-    parser.add_argument("--text", required=True, help="what is different in the images to find")
+    parser.add_argument("--text", required=True, help="what should be different in the images to find")
     parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show")
     parser.add_argument("--output", default="hits.png", help="picture to write")
     return parser.parse_args(argv)

@@ -101,7 +101,7 @@ def build_run_parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "--nproc",
         type=whole_number(1),
-        help="processes per node instead of what --dist asks for; more than the GPUs there are only on the CPU",
+        help="processes per node instead of what --dist asks for; more than there are GPUs only on the CPU",
     )
     launch.add_argument(
         "--master_addr",
@@ -141,7 +141,7 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--bs", type=whole_number(0), default=0, help="batch size of each process; 0: the YAML's")
     group.add_argument("--epo", type=whole_number(0), default=0, help="epochs; 0: the YAML's")
     group.add_argument("--lr", type=number(0), default=0.0, help="learning rate; 0: the YAML's")
-    group.add_argument("--seed", type=seed, default=42, help="process r uses seed + r")
+    group.add_argument("--seed", type=seed, default=42, help="random seed; process r uses seed + r")
     group.add_argument("--evaluate", action="store_true", help="evaluate --checkpoint instead of training")
     # --re is what the released run.py passes on; written out, because argparse would find it ambiguous now.
     group.add_argument(

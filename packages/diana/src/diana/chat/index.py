@@ -87,7 +87,7 @@ def listed_images(source: str) -> list[str]:
         raise InputError(f"--images {file} is neither a folder nor a list of paths ({error})") from error
     paths = list(dict.fromkeys(os.path.abspath(line.strip()) for line in lines if line.strip()))
     if not paths:
-        raise InputError(f"--images {file} lists no image: write one path per line")
+        raise InputError(f"--images {file} lists no images: write one path per line")
     return paths
 
 

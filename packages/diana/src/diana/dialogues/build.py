@@ -171,16 +171,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--captions", required=True, metavar="FILE", help="JSON list of records with id, file_path, captions, split")
-    add("--split", default="train", help="records to use; all: every one")
+    add("--split", default="train", help="split of the records to use; all: every record")
     add("--out", required=True, metavar="FILE", help="ChatPedes annotation file to write")
     add("--rounds", type=whole_number(1), default=5, help="questions and answers per dialogue")
     add("--limit", type=whole_number(1), metavar="N", help="only the first N images")
     server = parser.add_argument_group("language model")
     add = server.add_argument
-    add("--model", "--llm_model", required=True, help="name that the server knows")
+    add("--model", "--llm_model", required=True, help="model name on the server")
     add("--base_url", "--llm_base_url", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
-    add("--temperature", type=number(0), default=0.0, help="0: the most probable words")
+    add("--temperature", type=number(0), default=0.0, help="sampling temperature; 0: the most probable words")
     add(
         "--seed",
         type=whole_number(0),

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="diana-make-tiny", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (made if absent)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (created if missing)")
     parser.add_argument(
         "--lexicon", metavar="FILE", help="words the tokenizer learns from (default: those of the synthetic world)"
     )

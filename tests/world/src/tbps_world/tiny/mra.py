@@ -286,7 +286,7 @@ def read_lexicon(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"--lexicon {path} does not exist: tbps-synth writes one, lexicon.txt") from None
+        raise InputError(f"--lexicon {path} does not exist: tbps-synth writes one named lexicon.txt") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--lexicon {path} cannot be read ({error}): give a text file, one word per line") from error
     if not any(line.strip() for line in lines):

@@ -204,7 +204,7 @@ def _conclude(out: Path, rows: list[tuple[str, int, dict[str, Any]]], seconds: f
         ("ranked_list.png", f"what six captions find ({rows[0][0]})"),
     ):
         print(f"  {out / name}: {what}")
-    print("\nSearch the test images for a person of your own:")
+    print("\nSearch the test images for your own person:")
     index = out / "gallery.safetensors"
     config = first_run / "configs.yaml"
     images = out / "world" / "CUHK-PEDES" / "imgs"

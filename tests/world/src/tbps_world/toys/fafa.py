@@ -183,7 +183,7 @@ def _conclude(out: Path, run: Path, seconds: float) -> None:
         ("ranked_list.png", "what six queries find"),
     ):
         print(f"  {out / name}: {what}")
-    print("\nSearch the gallery with a picture and a sentence of your own:")
+    print("\nSearch the gallery with a picture and your own sentence:")
     index = str(out / "gallery.safetensors")
     run_flags = ["--exp-dir", str(run), "--model-name", MODEL_NAME]
     picture = ITCPR(out / "world" / "ITCPR", verbose=False).query["img_paths"][0]

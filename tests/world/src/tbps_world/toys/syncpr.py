@@ -226,7 +226,7 @@ def _conclude(out: Path, seconds: float) -> None:
     print("\nFAFA trained on the result: " + "  ".join(f"{name} {found[name]:.2f}" for name in COLUMNS))
     print(f"R@1 by chance: {metrics['chance_R1']:.2f}")
     print(
-        f"\n{seconds / 60:.1f} minutes. Look at {out / 'syncpr' / 'preview.png'} and at the pictures in {out / 'syncpr'}."
+        f"\n{seconds / 60:.1f} minutes. See {out / 'syncpr' / 'preview.png'} and at the pictures in {out / 'syncpr'}."
     )
 
 
