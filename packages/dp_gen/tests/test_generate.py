@@ -258,7 +258,7 @@ def test_a_signal_ends_the_batch_and_the_same_command_goes_on(
         patch.setattr(dp_gen.generation.run, "save_image", save_and_signal)
         assert main([*flags, "--generation_batch_size", "1"]) == status
     assert [row["file"] for row in rows(tmp_path)] == ["output_0.png"]
-    assert "makes the missing images" in capsys.readouterr().err and not (tmp_path / "contact_sheet.png").exists()
+    assert "to make the missing images" in capsys.readouterr().err and not (tmp_path / "contact_sheet.png").exists()
     assert main(flags) == 0
     assert [row["file"] for row in rows(tmp_path)] == [f"output_{n}.png" for n in range(4)]
 
@@ -412,7 +412,7 @@ def test_two_tokens_behind_one_word_are_explained(
     row = {"description": "a man<|image|><|image|>", "references": ["hair/gold_hair.png"] * 2}
     (pool / "two.jsonl").write_text(json.dumps(row), encoding="utf-8")
     assert main([*quick(trained, tmp_path / "out"), "--descriptions", str(pool / "two.jsonl")]) == 2
-    assert "a word of its own" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "after its own word" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_pool_with_a_list(pool: Path, tmp_path: Path) -> None:
