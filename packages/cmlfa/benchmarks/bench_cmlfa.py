@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each form; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the training step runs")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} must be at least 1, but it is {getattr(args, flag)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU: use --device cpu.")
+        raise InputError("--device cuda was given, but torch finds no GPU: use --device cpu.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rows = [*training_step(args), *host_side(args), *evaluation(args)]

@@ -307,7 +307,7 @@ def test_scheduler_state_that_does_not_fit(toy_args: Callable[..., Any], toy_mod
     with pytest.raises(CheckpointError, match="covers 4 parameters"):
         four = stored | {"base_lrs": [1e-5] * 4, "_last_lr": [1e-5] * 4}
         load_official_scheduler_state(scheduler, optimizer, model, four, "f")
-    with pytest.raises(CheckpointError, match="lacks last_epoch"):
+    with pytest.raises(CheckpointError, match="is missing last_epoch"):
         load_official_scheduler_state(
             scheduler, optimizer, model, {"base_lrs": [], "_step_count": 1, "_last_lr": []}, "f"
         )

@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gallery", type=whole_number(1), default=100, help="columns of the attribute similarity")
     parser.add_argument("--repeats", type=whole_number(1), default=3, help="timed repeats of each form")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="CPU threads")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of weights and data")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of weights and data")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 

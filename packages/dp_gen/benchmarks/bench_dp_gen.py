@@ -36,12 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     parser.add_argument("--batch_size", type=whole_number(1), default=4, help="samples per step")
-    parser.add_argument("--resolution", type=whole_number(64), default=128, help="of images")
-    parser.add_argument("--references", type=whole_number(0), default=2, help="of 3 slots used by every sample")
+    parser.add_argument("--resolution", type=whole_number(64), default=128, help="side of the images, in pixels")
+    parser.add_argument(
+        "--references", type=whole_number(0), default=2, help="reference slots, of 3, that every sample uses"
+    )
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="timed repeats; the fastest counts")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="CPU threads")
     parser.add_argument("--rows", type=whole_number(1), default=32, help="rows to annotate")
-    parser.add_argument("--latency", type=number(0), default=0.5, help="seconds that the server takes for each answer")
+    parser.add_argument("--latency", type=number(0), default=0.5, help="seconds the server takes for each answer")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
     if args.references > 3:
         raise InputError(f"--references {args.references} is more than the 3 slots: lower it")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU: use --device cpu")
+        raise InputError("--device cuda was given, but torch finds no GPU: use --device cpu")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = [*training_step(args), *capture_cost(args), *annotation(args)]
@@ -244,7 +246,7 @@ def annotation(args: argparse.Namespace) -> list[Row]:
             status = annotate([*flags, "--api_key_env", key])
             seconds[concurrency] = time.perf_counter() - began
             if status:
-                raise InputError("the annotation failed: look at the messages above")
+                raise InputError("the annotation failed: see the messages above")
             outputs[concurrency] = output.read_bytes()
     if outputs[8] != outputs[1]:
         raise InputError("annotations with 8 requests in flight differ from those with one")

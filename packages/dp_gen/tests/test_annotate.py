@@ -352,7 +352,7 @@ def test_sigterm_saves_what_is_there(tmp_path: Path) -> None:
         shown = process.communicate(timeout=60)[0]
     assert process.returncode == 143, shown
     assert 10 <= len(lines(tmp_path / "out.jsonl")) == server.requests < 2000
-    assert "goes on with the missing rows" in shown and "Traceback" not in shown
+    assert "to continue with the missing rows" in shown and "Traceback" not in shown
 
 
 def test_the_practice_server_rewrites_by_the_rule(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_said_and_changes_nothing(model: DiversePersonModel
         load_checkpoint(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match="not beside it"):
+    with pytest.raises(CheckpointError, match="not next to it"):
         load_checkpoint(model, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

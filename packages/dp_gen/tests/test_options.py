@@ -101,7 +101,7 @@ def test_sentences_before_anything_is_loaded(
         (["--dataset_name", str(tmp_path / "no")], "is not a folder"),
         (["--uncondition_prob", "0.6", "--text_only_prob", "0.6"], "together exceed 1"),
         (["--output_dir", str(file)], "is a file"),
-        (["--pretrained_model_hf", str(tmp_path)], "lacks scheduler, tokenizer"),
+        (["--pretrained_model_hf", str(tmp_path)], "is missing scheduler, tokenizer"),
         (["--image_encoder_hf", str(tmp_path)], "has no config.json"),
         (["--load_model", str(tmp_path / "gone")], "does not exist"),
     ):

@@ -367,7 +367,7 @@ def test_a_signal_ends_the_batch_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(MaskFolder, "regions", find_and_signal)
         assert main([*mask_flags, "--batch_size", "2"]) == status
-    assert "goes on from here" in capsys.readouterr().err
+    assert "to continue from here" in capsys.readouterr().err
     done = len(list((tmp_path / "folder").glob("*/*.json")))
     assert done >= 2 and not (tmp_path / "folder" / "img_ids.txt").exists()
     assert main(mask_flags) == 0

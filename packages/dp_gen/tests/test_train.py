@@ -270,7 +270,7 @@ def test_a_checkpoint_of_the_authors_code_resumes_by_its_name(checkpoints: Path,
     for name in ("model.safetensors", "progress.json", "random_states_0.pkl"):
         (folder / name).unlink()
     assert train_main(train_flags(checkpoints)) == 0
-    assert "update 4, epoch 2" in logged(checkpoints) and "cannot go on exactly" in logged(checkpoints)
+    assert "update 4, epoch 2" in logged(checkpoints) and "cannot be restored exactly" in logged(checkpoints)
 
 
 def logged_rates(output_dir: Path) -> list[str]:

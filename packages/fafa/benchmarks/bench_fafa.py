@@ -49,11 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--vit-precision",
         choices=("fp16", "bf16", "fp32"),
         default="fp16",
-        help="of the frozen ViT with --full-size on a GPU; default fp16",
+        help="precision of the frozen ViT with --full-size on a GPU; default fp16",
     )
     parser.add_argument("--compile", action="store_true", help="with --full-size: also measure a compiled ViT")
     parser.add_argument("--peak-tflops", type=float, help="peak of the GPU in the ViT's precision, for MFU")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data; default 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data; default 0")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
                 f"--{name.replace('_', '-')} must be a multiple of {unit}, but it is {getattr(args, name)}."
             )
     if args.batch_size < 2:
-        raise InputError("--batch-size must be at least 2: one triplet has nothing to be told apart from.")
+        raise InputError("--batch-size must be at least 2: a single triplet has nothing to be compared with.")
     import torch
 
     from bench_fafa_forms import evaluation, losses, training_step

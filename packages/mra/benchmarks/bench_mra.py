@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--k", type=whole_number(1), default=16, help="images judged for each caption")
     parser.add_argument("--repeats", type=whole_number(1), default=3, help="timed repeats of each form")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="CPU threads")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of weights and data")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of weights and data")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     return parser
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     from tbps_common.files import write_json
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU: use --device cpu.")
+        raise InputError("--device cuda was given, but torch finds no GPU: use --device cpu.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     parts = {"training": training_step, "reranking": reranking}

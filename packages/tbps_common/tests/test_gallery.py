@@ -221,7 +221,7 @@ class TestRefusals:
         with pytest.raises(GalleryError, match="not a gallery index"):
             GalleryIndex.open(path)
         path.write_bytes(b"hello, this is no index at all")
-        with pytest.raises(GalleryError, match="no gallery index"):
+        with pytest.raises(GalleryError, match="not a gallery index"):
             GalleryIndex.open(path)
         for absent in (tmp_path / "none", tmp_path):
             with pytest.raises(GalleryError, match="does not exist"):
@@ -294,7 +294,7 @@ class TestFindImages:
         assert find_images(root) == [str(root / "b.jpg"), str(root / "linked" / "a.jpg")]
 
     def test_nothing_found(self, tmp_path: Path) -> None:
-        with pytest.raises(GalleryError, match="No image is under"):
+        with pytest.raises(GalleryError, match="There are no images under"):
             find_images(tmp_path)
         with pytest.raises(GalleryError, match="does not exist"):
             find_images(tmp_path / "none")

@@ -91,7 +91,7 @@ class Checkpointer:
         source = os.fspath(path)
         for name, wanted in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if wanted is not None and name not in remaining:
-                self.logger.warning("%s holds no %s state: it starts afresh", source, name)
+                self.logger.warning("%s holds no %s state: it starts from scratch", source, name)
         optimizer_state = remaining.pop("optimizer", None)
         scheduler_state = remaining.pop("scheduler", None)
         try:

@@ -46,7 +46,7 @@ The paper's command, run from packages/cmlfa:
 If a flag is given twice, its last value counts, so a command can be adapted by appending to it.
 The run directory <output_dir>/<dataset_name>/<date>_<time>_<name> receives configs.yaml, train_log.txt, TensorBoard
 events, best.pth (best R1) and last.pth (the state from which --resume continues).
-Several GPUs: torchrun --nproc_per_node=N train.py ... (each process takes a batch of its own and computes its own
+Several GPUs: torchrun --nproc_per_node=N train.py ... (each process takes its own batch and computes its own
 losses, so N processes of 64 are not one batch of 64*N).
 """
 TEST_DESCRIPTION = """\
@@ -55,16 +55,16 @@ Evaluate a trained model on the test split of its data set.
   python test.py --config_file 'path/to/model_dir/configs.yaml'
 
 Prints the table of text-to-image retrieval and writes evaluation.json, cmc.png, ranked_list.png and test_log.txt into
-the run directory. On another data set than that of the training (zero-shot): --dataset_name ICFG-PEDES --root_dir ... With --lfa_attention batch (the released code) the features depend on the batch they are computed in,
+the run directory. On a data set other than the training one (zero-shot): --dataset_name ICFG-PEDES --root_dir ... With --lfa_attention batch (the released code) the features depend on the batch they are computed in,
 so the result depends on --test_batch_size.
 """
 VISUALIZE_DESCRIPTION = """\
-Draw the ranked list of one caption of the test split, or of a sentence of your own:
+Draw the ranked list of one caption of the test split, or of your own sentence:
 
   python visualize.py --config_file 'path/to/model_dir/configs.yaml' --query_idx 3900
   python visualize.py --config_file 'path/to/model_dir/configs.yaml' --caption "a woman in a red coat"
 
-The picture is a row: the caption's own image (not for a sentence of your own), then the best images from left to right,
+The picture is a row: the caption's own image (not for your own sentence), then the best images from left to right,
 framed green if they show the right person and red if not.
 """
 INDEX_DESCRIPTION = """\
@@ -72,7 +72,7 @@ Compute the features of all images in a folder once, for cmlfa-search:
 
   cmlfa-index --config_file RUN/configs.yaml --images FOLDER --out gallery.safetensors
 
-If the index exists already, only the images that it lacks are added.
+If the index already exists, only the images missing from it are added.
 """
 SEARCH_DESCRIPTION = """\
 Find the images of an index that match a sentence, best first:
@@ -112,7 +112,7 @@ class Options(ModelSettings, argparse.Namespace):
         "split evaluated during training: 'val' is the validation split, anything else the test split "
         "(the released recipe selects its best epoch on the test split)",
     )
-    resume: bool = _run(False, "continue an interrupted run; alone: the newest of --name")
+    resume: bool = _run(False, "continue an interrupted run; alone: the newest run of --name")
     resume_ckpt_file: str = _run("", "checkpoint to continue from, together with --resume")
     local_rank: int = _run(
         0,
@@ -130,12 +130,12 @@ class Options(ModelSettings, argparse.Namespace):
     )
     MLM: bool = _model(False, "load captions with masked tokens; needed by the loss 'mlm'")
 
-    optimizer: str = _solver("Adam", "Adam has eps 1e-3", type=optimizer_name, metavar="{SGD,Adam,AdamW}")
+    optimizer: str = _solver("Adam", "optimizer (Adam uses eps 1e-3)", type=optimizer_name, metavar="{SGD,Adam,AdamW}")
     lr: float = _solver(1e-5, "base learning rate", type=number(0))
     bias_lr_factor: float = _solver(2.0, "learning-rate factor of the biases", type=number(0))
-    momentum: float = _solver(0.9, "of SGD", type=number(0))
-    weight_decay: float = _solver(4e-5, "of weights", type=number(0))
-    weight_decay_bias: float = _solver(0.0, "of biases", type=number(0))
+    momentum: float = _solver(0.9, "momentum of SGD", type=number(0))
+    weight_decay: float = _solver(4e-5, "weight decay of the weights", type=number(0))
+    weight_decay_bias: float = _solver(0.0, "weight decay of the biases", type=number(0))
     alpha: float = _solver(0.9, "first beta of Adam", type=number(0, 1))
     beta: float = _solver(0.999, "second beta of Adam", type=number(0, 1))
     num_epoch: int = _solver(60, "epochs of the whole run", type=whole_number(1))
@@ -146,7 +146,7 @@ class Options(ModelSettings, argparse.Namespace):
     warmup_method: str = _solver("linear", "shape of the warm-up", choices=WARMUP_METHODS)
     lrscheduler: str = _solver("cosine", "schedule after the warm-up", choices=SCHEDULES)
     target_lr: float = _solver(0, "last learning rate of cosine and poly", type=number(0))
-    power: float = _solver(0.9, "of exp and poly", type=number())
+    power: float = _solver(0.9, "power of exp and poly", type=number())
 
     dataset_name: str = _data("CUHK-PEDES", "data set", choices=DATASET_NAMES)
     sampler: str = _data(
@@ -156,8 +156,8 @@ class Options(ModelSettings, argparse.Namespace):
     )
     num_instance: int = _data(4, "captions per person (identity sampler)", type=whole_number(1))
     root_dir: str = _data("./data", "folder that holds the data set's folder")
-    batch_size: int = _data(128, "of training, and of evaluation during training", type=whole_number(1))
-    test_batch_size: int = _data(512, "of test.py", type=whole_number(1))
+    batch_size: int = _data(128, "batch size of training, and of evaluation during training", type=whole_number(1))
+    test_batch_size: int = _data(512, "batch size of test.py", type=whole_number(1))
     num_workers: int = _data(8, "processes that load the data", type=whole_number(0))
 
     clean_captions: bool = _added(
@@ -257,7 +257,7 @@ def check_training_flags(options: Options) -> None:
 # The commands that start from a trained model: these of its flags can be given again, and have no default there.
 OVERRIDES = {
     "device": "where to compute",
-    "precision": "of the weights",
+    "precision": "precision of the weights",
     "dataset_name": "data set to test on",
     "root_dir": "folder that holds the data set's folder",
     "test_batch_size": "images or captions encoded at once",
@@ -271,8 +271,8 @@ def test_parser() -> argparse.ArgumentParser:
     parser.add_argument("--i2t", action="store_true", help="evaluate image-to-text retrieval too")
     parser.add_argument(
         "--report_dir",
-        help="where to write the results (default: the run directory; for another data set than that of the training, a "
-        "folder of its name in the run directory)",
+        help="where to write the results (default: the run directory; for a data set other than the training one, a "
+        "folder of that name in the run directory)",
     )
     return parser
 
@@ -287,7 +287,7 @@ def visualize_parser() -> argparse.ArgumentParser:
         default=3900,
         help="caption of the test split, from 0 (default: 3900 or last)",
     )
-    choice.add_argument("--caption", help="a sentence of your own")
+    choice.add_argument("--caption", help="your own sentence")
     parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show (default: 10)")
     parser.add_argument("--output", default="ui.png", help="picture to write (default: ui.png)")
     return parser

@@ -139,7 +139,7 @@ def find_weights(options: Options, flags: argparse.Namespace) -> Path:
     if not weights.is_file():
         last = directory / f"{LAST_NAME}.pth"
         remedy = f"--checkpoint {last} takes the last epoch's" if last.is_file() else "name one with --checkpoint"
-        raise CheckpointError(f"there are no weights {weights}: {remedy}")
+        raise CheckpointError(f"there are no weights at {weights}: {remedy}")
     return weights
 
 

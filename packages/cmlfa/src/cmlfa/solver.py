@@ -220,7 +220,9 @@ def load_official_scheduler_state(
     trained = len(_trained(model))
     missing = [key for key in (*_SCHEDULE_NUMBERS, *_PER_GROUP) if key not in state]
     if missing:
-        raise CheckpointError(f"The scheduler state of {source} lacks {', '.join(missing)}: give another checkpoint.")
+        raise CheckpointError(
+            f"The scheduler state of {source} is missing {', '.join(missing)}: give another checkpoint."
+        )
     if any(len(state[key]) != trained for key in _PER_GROUP):
         raise CheckpointError(
             f"The scheduler state of {source} covers {len(state['base_lrs'])} parameters, but this model trains "

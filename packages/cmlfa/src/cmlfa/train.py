@@ -191,7 +191,7 @@ def _batches_left(loader: DataLoader, epoch: int, state: State, run: Run) -> Ite
         loader.sampler.set_epoch(epoch)
     trained, now = state.iteration, rng_state()
     if trained and state.epoch_rng is not None:
-        logger.info("passing over the %d batches of epoch %d that are trained already", trained, epoch)
+        logger.info("skipping the %d batches of epoch %d that are trained already", trained, epoch)
         set_rng_state(state.epoch_rng[run.ranks.rank])
     else:
         state.epoch_rng = all_rng_states(run.ranks)

@@ -43,7 +43,9 @@ def checkpoints_to_resume(requested: str, output_dir: Path, *, overwrite: bool) 
     if requested.lower() == "true":
         found = checkpoints(output_dir)[::-1]
         if not found:
-            raise CheckpointError(f"{output_dir} holds no checkpoint to go on from: leave --resume_from_checkpoint out")
+            raise CheckpointError(
+                f"{output_dir} holds no checkpoint to resume from: leave out --resume_from_checkpoint"
+            )
         return found
     if requested.lower() not in ("", "false", "none"):
         folder = Path(requested)
@@ -51,7 +53,7 @@ def checkpoints_to_resume(requested: str, output_dir: Path, *, overwrite: bool) 
             raise CheckpointError(f"--resume_from_checkpoint {folder} does not exist: give a checkpoint-N folder")
         if not (folder / STATE_NAME).is_file():
             raise CheckpointError(
-                f"{folder} holds no {STATE_NAME}, so training cannot go on from it: start from its weights with --pretrained"
+                f"{folder} holds no {STATE_NAME}, so training cannot resume from it: start from its weights with --pretrained"
             )
         return [folder]
     if output_dir.exists() and not output_dir.is_dir():
@@ -61,7 +63,7 @@ def checkpoints_to_resume(requested: str, output_dir: Path, *, overwrite: bool) 
     found = checkpoints(output_dir)[::-1]
     if not found and any(path.name not in (UNFINISHED, ARGUMENTS_NAME, LOG_NAME) for path in output_dir.iterdir()):
         raise InputError(
-            f"--output_dir {output_dir} is not empty and holds no checkpoint to go on from: give another folder, or "
+            f"--output_dir {output_dir} is not empty and holds no checkpoint to resume from: give another folder, or "
             "--overwrite_output_dir True"
         )
     return found

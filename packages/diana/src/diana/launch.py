@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--node_rank", type=int, default=0)
     parser.add_argument("--master_addr", default="127.0.0.1")
     parser.add_argument("--master_port", type=int, default=29500)
-    parser.add_argument("--nproc_per_node", type=int, default=8, help="most processes; one per GPU")
+    parser.add_argument("--nproc_per_node", type=int, default=8, help="largest number of processes; one per GPU")
     parser.add_argument(
         "--cpu_processes",
         type=int,
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         devices = torch.cuda.device_count()
     if devices < args.nproc_per_node:
         using = f"{devices} GPU(s)" if devices else f"the CPU with {args.cpu_processes} process(es)"
-        print(f"{args.nproc_per_node} GPUs asked for, {devices} found: using {using}", flush=True)
+        print(f"{args.nproc_per_node} GPUs requested, {devices} found: using {using}", flush=True)
     words = launch_command(argv, devices)
     os.execv(words[0], words)
 

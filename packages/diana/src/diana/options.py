@@ -300,9 +300,11 @@ def build_eval_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole_number(0), default=0, help="random seed of torch")
     add("--batch_size", type=whole_number(1), default=64, help="images encoded at once")
     add("--max_seq_length", type=whole_number(8), default=80, help="tokens per dialogue; ChatPedes needs 400")
-    add("--turn_limit", type=turn_limit, nargs="+", default=[-1], help="first rounds that are used; several: a sweep")
+    add(
+        "--turn_limit", type=turn_limit, nargs="+", default=[-1], help="number of rounds used; several numbers: a sweep"
+    )
     add("--version", default="", help="dialogue template; only 'customized' exists")
-    add("--mode", choices=MODES, default="global", help="similarity: of whole texts, of attributes too, and their sum")
+    add("--mode", choices=MODES, default="global", help="similarity of whole texts, of attributes too, or their sum")
     add("--output_dir", default="", metavar="DIR", help="where the results are written; empty: nowhere")
     ours = parser.add_argument_group("additions of this project")
     add = ours.add_argument

@@ -38,7 +38,7 @@ def checkpoint_to_go_on_from(options: TrainOptions, args: TrainingArguments) -> 
             damaged[folder] = error
             continue
         for error in damaged.values():
-            print(f"warning: {error}; going on from {folder}")
+            print(f"warning: {error}; resuming from {folder}")
         _require_same_optimizer(folder, args)
         return folder, list(damaged)
     for error in damaged.values():

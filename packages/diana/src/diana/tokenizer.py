@@ -86,7 +86,7 @@ def _find(source: str | os.PathLike[str]) -> str:
 
 def _known(tokenizer: PreTrainedTokenizerBase, token: str, source: str | os.PathLike[str]) -> str:
     if token not in tokenizer.get_vocab():
-        raise CheckpointError(f"The tokenizer of {source} lacks the token {token}: take one of the Llama-3.2 family.")
+        raise CheckpointError(f"The tokenizer of {source} has no token {token}: take one of the Llama-3.2 family.")
     return token
 
 

@@ -99,7 +99,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
         found = checkpoint_to_go_on_from(options, args) if ranks.is_main else (None, [])
         checkpoint, damaged = broadcast_object(found)
         if checkpoint is not None:
-            say(f"going on from {checkpoint}")
+            say(f"resuming from {checkpoint}")
 
         # What is trained, on what.
         set_seed(args.seed)
@@ -173,7 +173,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
 
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop_and_save.stopped:
-            say(f"stopped; go on with --resume_from_checkpoint True (the state is in {output_dir})")
+            say(f"stopped; resume with --resume_from_checkpoint True (the state is in {output_dir})")
         else:
             trainer.save_finished(output_dir, model.config.checkpoint_dtype)
             say("***** train metrics *****")
@@ -313,8 +313,8 @@ class DianaTrainer(Trainer):
     def _not_finite(self, step: int) -> str:
         rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else float("nan")
         return (
-            f"the loss is no longer a finite number since step {step} (learning rate now {rate:.2e}), so nothing is saved; "
-            "go on from the last checkpoint with a lower --learning_rate"
+            f"the loss has not been a finite number since step {step} (learning rate now {rate:.2e}), so nothing is saved; "
+            "resume from the last checkpoint with a lower --learning_rate"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -176,7 +176,7 @@ def read_trainer_flags(words: Sequence[str], *, cpu: bool) -> "TrainingArguments
         raise InputError(f"unknown flags: {' '.join(unknown)} (train.py --help lists the known ones)")
     for name, why in CANNOT_ACT.items():
         if getattr(arguments, name, None) != getattr(defaults, name, None):
-            raise InputError(f"--{name} cannot act here ({why}): leave it out")
+            raise InputError(f"--{name} cannot be used here ({why}): leave it out")
     if not arguments.output_dir:
         raise InputError("--output_dir is missing: name the folder for checkpoints")
     return arguments

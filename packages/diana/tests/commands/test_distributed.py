@@ -168,6 +168,6 @@ def test_a_stop_of_the_job_saves_and_ends(script_environment: dict[str, str], si
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), 15)
     shown, said = job.communicate(timeout=300)
-    assert "stopped; go on with" in shown + said, said
+    assert "stopped; resume with" in shown + said, said
     assert len(list(out.glob("checkpoint-*"))) == 1
     assert not (out / "model.safetensors").exists()

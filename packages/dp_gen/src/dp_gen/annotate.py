@@ -37,7 +37,7 @@ DATA_PATH holds one JSON object per line: "base_description" (the original capti
 attributes to put in), as generate.py writes them to edits.jsonl. The key comes from the environment variable
 OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
 
-Every finished row is on the disk at once. After Ctrl-C, a kill or a failure run the same command again: it asks for the
+Every finished row is written to disk immediately. After Ctrl-C, a kill or a failure run the same command again: it asks for the
 missing rows only. Rows without a usable answer stand in <output_path>.rejected.jsonl and <output_path>.failed.jsonl.
 Exit status: 0 if every row of the range has its caption, otherwise not 0.
 """
@@ -147,7 +147,7 @@ def _annotate(args: argparse.Namespace, rows: list[Row], unusable: int) -> int:
     if outcome.refusal is not None:
         raise InputError(outcome.refusal)
     if outcome.interrupted is not None:
-        print("stopped; the same command goes on with the missing rows", file=sys.stderr)
+        print("stopped; run the same command again to continue with the missing rows", file=sys.stderr)
     return outcome.exit_status or (1 if unusable else 0)
 
 
@@ -299,7 +299,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--base_url", help="address up to /v1; default: OPENAI_BASE_URL, or else OpenAI's own")
     server.add_argument("--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     server.add_argument("--concurrency", type=whole_number(1), default=8, help="requests in flight")
-    server.add_argument("--max_retries", type=whole_number(0), default=6, help="repeated requests per row")
+    server.add_argument("--max_retries", type=whole_number(0), default=6, help="retries per row")
     server.add_argument("--min_interval", type=number(0), default=0.0, help="seconds between the starts of requests")
     server.add_argument("--timeout", type=number(0, above=True), default=60.0, help="seconds for one request")
     server.add_argument(
@@ -313,10 +313,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     server.add_argument("--dry_run", action="store_true", help="show the prompts and send nothing")
     sampling = parser.add_argument_group("sampling (additions; the released values except --max_tokens, once 4096)")
-    sampling.add_argument("--temperature", type=number(0), default=1.0, help="of the model's choice of words")
+    sampling.add_argument("--temperature", type=number(0), default=1.0, help="sampling temperature")
     sampling.add_argument("--top_p", type=number(0, above=True), default=0.9, help="probability mass to choose from")
-    sampling.add_argument("--frequency_penalty", type=number(-2), default=0.2, help="against repeating a word often")
-    sampling.add_argument("--presence_penalty", type=number(-2), default=0.5, help="against repeating a word at all")
+    sampling.add_argument(
+        "--frequency_penalty", type=number(-2), default=0.2, help="penalty for repeating a word often"
+    )
+    sampling.add_argument(
+        "--presence_penalty", type=number(-2), default=0.5, help="penalty for repeating a word at all"
+    )
     sampling.add_argument("--max_tokens", type=whole_number(1), default=512, help="longest answer")
     return parser
 

@@ -208,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="annotated",
         help="captions of --annotations, or those that the images were generated from",
     )
-    parser.add_argument("--new_ids", action="store_true", help="every edit is a person of its own")
+    parser.add_argument("--new_ids", action="store_true", help="give every edit its own person id")
     parser.add_argument("--copy_base", action="store_true", help="copy the base's images instead of linking them")
     return parser
 

@@ -67,7 +67,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     for side in ("height", "width"):
         value = getattr(args, side)
         if value is not None and (value % 8 or value < 64):
-            raise InputError(f"--{side} must be a multiple of 8 from 64 on, not {value}")
+            raise InputError(f"--{side} must be a multiple of 8 and at least 64, not {value}")
     root = Path(args.out)
     if root.exists() and not root.is_dir():
         raise InputError(f"--out {root} is a file: name a folder")
@@ -83,13 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
         "       generate.py --finetuned_model_path DIR --out DIR --edit_folder DIR --reference_pool DIR [...]"
     )
     output = parser.add_argument_group("generate.py (additions)")
-    output.add_argument("--out", default="generated", help="folder of everything that is written")
+    output.add_argument("--out", default="generated", help="folder for everything that is written")
     output.add_argument(
         "--descriptions", help='JSON lines {"description": "...<|image|>...", "references": [file, ...]}'
     )
     output.add_argument("--negative_description", default="", help="caption to steer away from")
-    output.add_argument("--height", type=whole_number(64), help="of new persons; default: the model's resolution")
-    output.add_argument("--width", type=whole_number(64), help="of new persons; default: the model's resolution")
+    output.add_argument(
+        "--height", type=whole_number(64), help="height of new persons; default: the model's resolution"
+    )
+    output.add_argument("--width", type=whole_number(64), help="width of new persons; default: the model's resolution")
     output.add_argument("--generation_batch_size", type=whole_number(1), default=8, help="images at a time")
     output.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     output.add_argument(
@@ -97,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=shard,
         default=Shard(),
         metavar="I/N",
-        help="every N-th image from the I-th: for N GPUs or machines",
+        help="process every N-th image from the I-th, for N GPUs or machines",
     )
     edits = parser.add_argument_group("generate.py, edits (additions)")
     edits.add_argument("--edit_folder", help="training folder whose images are edited")
@@ -112,7 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     edits.add_argument("--mask_dilation", type=number(0, 0.5), default=0.04, help="edited regions grow by this share")
     edits.add_argument(
-        "--edit_mask", choices=("attributes", "full"), default="attributes", help="what may change: or the whole person"
+        "--edit_mask",
+        choices=("attributes", "full"),
+        default="attributes",
+        help="what may change: the edited attributes, or the whole person",
     )
     edits.add_argument(
         "--edit_caption",

@@ -74,7 +74,7 @@ def _resolution(text: str) -> int:
 def _seed(text: str) -> int:
     value = whole_number(0)(text)
     if value > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED} (numpy takes no larger one), not {value}")
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED} (numpy accepts no larger one), not {value}")
     return value
 
 
@@ -140,7 +140,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="train only the last K layers of the image encoder; 0 trains all of it",
     )
     model.add_argument("--load_model", help="start from these weights: a checkpoint folder or file, or a final folder")
-    model.add_argument("--disable_flashattention", action="store_true", help="keep to the other attention kernels")
+    model.add_argument("--disable_flashattention", action="store_true", help="use only the other attention kernels")
     model.add_argument(
         "--enable_xformers_memory_efficient_attention",
         action="store_true",
@@ -150,14 +150,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("training (the authors' flags)")
-    run.add_argument("--dataset_name", help="root of the training folder (docs: data layout)")
+    run.add_argument("--dataset_name", help="root of the training folder (its layout is in the README)")
     run.add_argument("--output_dir", default="log/fine_generator", help="checkpoints and the final pipeline")
     run.add_argument("--logging_dir", default="logs", help="folder of the trackers")
     run.add_argument(
         "--report_to", help="trackers such as tensorboard, wandb, all, none; default: tensorboard if installed"
     )
-    run.add_argument("--seed", type=_seed, help="seed of everything; without it every run differs")
-    run.add_argument("--train_batch_size", type=whole_number(1), default=16, help="per process")
+    run.add_argument("--seed", type=_seed, help="random seed; without it every run differs")
+    run.add_argument("--train_batch_size", type=whole_number(1), default=16, help="samples per process")
     run.add_argument(
         "--num_train_epochs", type=whole_number(1), default=100, help="counts only without --max_train_steps"
     )
@@ -177,20 +177,20 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--lr_warmup_steps", type=whole_number(0), default=500, help="warm-up; without effect for 'constant'"
     )
-    run.add_argument("--adam_beta1", type=number(0, 1), default=0.9, help="of AdamW")
-    run.add_argument("--adam_beta2", type=number(0, 1), default=0.999, help="of AdamW")
-    run.add_argument("--adam_weight_decay", type=number(0), default=1e-2, help="of AdamW, on every parameter")
-    run.add_argument("--adam_epsilon", type=number(0, above=True), default=1e-8, help="of AdamW")
-    run.add_argument("--max_grad_norm", type=number(0, above=True), default=1.0, help="gradients are clipped to it")
+    run.add_argument("--adam_beta1", type=number(0, 1), default=0.9, help="first beta of AdamW")
+    run.add_argument("--adam_beta2", type=number(0, 1), default=0.999, help="second beta of AdamW")
     run.add_argument(
-        "--mixed_precision", choices=PRECISIONS, help="default: what accelerate launch was told, otherwise no"
+        "--adam_weight_decay", type=number(0), default=1e-2, help="weight decay of AdamW, on every parameter"
     )
+    run.add_argument("--adam_epsilon", type=number(0, above=True), default=1e-8, help="epsilon of AdamW")
+    run.add_argument("--max_grad_norm", type=number(0, above=True), default=1.0, help="largest norm of the gradients")
+    run.add_argument("--mixed_precision", choices=PRECISIONS, help="default: that of accelerate launch, otherwise no")
     run.add_argument("--checkpointing_steps", type=whole_number(1), default=500, help="updates between checkpoints")
-    run.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest' (starts anew if there is none)")
-    run.add_argument("--keep_only_last_checkpoint", action="store_true", help="delete older checkpoints")
     run.add_argument(
-        "--keep_interval", type=whole_number(1), help="of the older checkpoints keep those of every N-th update"
+        "--resume_from_checkpoint", help="a checkpoint folder, or 'latest' (starts from scratch if there is none)"
     )
+    run.add_argument("--keep_only_last_checkpoint", action="store_true", help="delete older checkpoints")
+    run.add_argument("--keep_interval", type=whole_number(1), help="keep older checkpoints of every N-th update")
     run.add_argument(
         "--reference_attribute_types", help="attribute types to train on, joined by '_'; default: every type"
     )
@@ -200,9 +200,12 @@ def _add_loss_flags(parser: argparse.ArgumentParser) -> None:
     losses = parser.add_argument_group("losses (the authors' flags)")
     losses.add_argument("--mask_loss", action="store_true", help="denoising loss within the attributes' regions")
     losses.add_argument("--attribute_loc", action="store_true", help="localisation loss on the cross-attention")
-    losses.add_argument("--attribute_loc_weight", type=number(0), default=0.01, help="its weight")
+    losses.add_argument("--attribute_loc_weight", type=number(0), default=0.01, help="weight of the localisation loss")
     losses.add_argument(
-        "--attribute_localization_loss", choices=("balanced_l1",), default="balanced_l1", help="its kind"
+        "--attribute_localization_loss",
+        choices=("balanced_l1",),
+        default="balanced_l1",
+        help="form of the localisation loss",
     )
     losses.add_argument("--attribute_loc_norm", action="store_true", help="divide attention maps by their maximum")
     losses.add_argument(
@@ -212,14 +215,14 @@ def _add_loss_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=range(1, 8),
         default=5,
-        help="U-Net stages it supervises, around the middle one (the released spelling is accepted)",
+        help="U-Net stages that the localisation loss supervises, around the middle one (the released spelling is accepted)",
     )
 
 
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     generation = parser.add_argument_group("generation (the authors' flags; train.py reads none of them)")
     generation.add_argument("--inference_steps", type=whole_number(1), default=50, help="denoising steps")
-    generation.add_argument("--guidance_scale", type=number(), default=5.0, help="classifier-free guidance")
+    generation.add_argument("--guidance_scale", type=number(), default=5.0, help="scale of classifier-free guidance")
     generation.add_argument(
         "--num_images_per_description", type=whole_number(1), default=1, help="images per description"
     )
@@ -242,7 +245,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
         "--seg_map_interpolation",
         choices=("bilinear", "nearest"),
         default="bilinear",
-        help="of the mask when a tall image is squeezed: bilinear blends segment ids at borders as released, nearest "
+        help="how the mask is resized when a tall image is squeezed: bilinear blends segment ids at borders as released, nearest "
         "keeps them and is better for new trainings",
     )
     ours.add_argument(

@@ -111,7 +111,7 @@ def _latest(output_dir: Path) -> Path | None:
         problem = _damage(folder)
         if not problem:
             for other, reason in damaged.items():
-                logger.warning("%s is damaged (%s): going on with %s instead", other, reason, folder)
+                logger.warning("%s is damaged (%s): resuming from %s instead", other, reason, folder)
             return folder
         damaged[folder] = problem
     for folder, problem in damaged.items():
@@ -302,8 +302,8 @@ def restore(
             restore_part(states[name])
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise CheckpointError(
-                f"{folder / name} does not fit these flags ({error}): resume with those of the first start, or start "
-                "anew from its weights with --load_model"
+                f"{folder / name} does not fit these flags ({error}): resume with the original flags, or start a new "
+                "training from its weights with --load_model"
             ) from error
 
 
@@ -329,7 +329,7 @@ def _restore_schedule(optimizer: Any, schedule: Any, most: int | None, state: Ma
         logger.info("the learning rates are %s now; the checkpoint was trained with %s", rates, schedule.base_lrs)
     if most is not None and schedule.last_epoch > most:
         logger.warning(
-            "the checkpoint's learning-rate schedule advanced once per process: it goes on at update %d instead of %d "
+            "the checkpoint's learning-rate schedule advanced once per process: training resumes at update %d instead of %d "
             "(--scheduler_steps_per_process keeps it)",
             most,
             schedule.last_epoch,
@@ -356,7 +356,7 @@ def restore_random_state(folder: Path, rank: int) -> None:
             torch.cuda.set_rng_state_all(cuda)
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
         logger.warning(
-            "the random numbers of process %d cannot go on exactly as they were (%s); the training goes on with others",
+            "the random numbers of process %d cannot be restored exactly (%s); training continues with others",
             rank,
             error,
         )

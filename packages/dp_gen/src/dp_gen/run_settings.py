@@ -21,7 +21,7 @@ def require_same_settings(path: Path, settings: dict[str, Any]) -> None:
     changed = [name for name, value in settings.items() if known.get(name) != value]
     if changed:
         raise InputError(
-            f"{path.parent} was begun with other values of --{', --'.join(changed)}: use the same, or another folder"
+            f"{path.parent} was begun with other values of --{', --'.join(changed)}: use the same values, or another folder"
         )
 
 

@@ -19,7 +19,7 @@ the phrases of each caption that name them.
 file_path (or img_path) and id. Every caption becomes one sample: OUT/00000/000000017.{jpg,json,npy}, with
 OUT/img_ids{,_train,_test}.txt, meta.jsonl (where each sample comes from), segments_report.json and segments.png (some
 samples with their regions and phrases, to look at).
-After an interruption the same command goes on where it stopped. On several GPUs or machines run it once for each, with
+Run the same command again after an interruption to continue where it stopped. On several GPUs or machines run it once for each, with
 --shard 1/4, 2/4, ... and the same --output_dir; the last one to finish writes the lists.
 """
 
@@ -38,9 +38,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.backend == "none" and not args.mask_dir:
         raise InputError("--backend none needs --mask_dir, the folder of the masks")
     if args.backend != "none" and args.mask_dir:
-        raise InputError("--mask_dir is read with --backend none only: add that, or leave --mask_dir out")
+        raise InputError("--mask_dir is read with --backend none only: add that, or leave out --mask_dir")
     if args.boxes and args.backend != "sam":
-        raise InputError("--boxes is read with --backend sam only: add that, or leave --boxes out")
+        raise InputError("--boxes is read with --backend sam only: add that, or leave out --boxes")
     if len(set(args.types)) != len(args.types):
         raise InputError(f"--types names a type twice: {' '.join(args.types)}")
     for flag, used in (
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=shard,
         default=Shard(),
         metavar="I/N",
-        help="every N-th image from the I-th: for N GPUs or machines",
+        help="process every N-th image from the I-th, for N GPUs or machines",
     )
     phrases = parser.add_argument_group("phrases")
     phrases.add_argument("--lexicon", help='JSON file of further head nouns, {"type": ["word", ...]}')

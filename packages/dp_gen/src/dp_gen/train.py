@@ -184,7 +184,7 @@ def train(args: argparse.Namespace) -> int:
         stopped = stopped or position.step < args.max_train_steps
         if stopped:
             folder = save(accelerator, position, args)
-            advice = "go on with --resume_from_checkpoint latest"
+            advice = "resume with --resume_from_checkpoint latest"
             logger.info("stopped after update %d; %s (%s)", position.step, advice, folder)
         elif run.is_main:
             scheduler = load_generation_scheduler(args)

@@ -65,7 +65,7 @@ class SynCPRDataset(Dataset[Triplet | None]):
             records = load_syncpr(data_path, json_path)
         if not records:
             raise DatasetError(
-                f"{os.path.join(data_path, json_path)} holds no triplet, so there is nothing to train on"
+                f"{os.path.join(data_path, json_path)} holds no triplets, so there is nothing to train on"
             )
         self.preprocess = preprocess
         self.on_error = on_error

@@ -81,11 +81,11 @@ def check_itcpr(root: str) -> ITCPR:
     itcpr = ITCPR(root, verbose=False)
     for name, part in (("query.json", itcpr.query), ("gallery.json", itcpr.gallery)):
         if not part["img_paths"]:
-            raise DatasetError(f"{os.path.join(itcpr.data_dir, name)} holds no record, so nothing can be evaluated")
+            raise DatasetError(f"{os.path.join(itcpr.data_dir, name)} holds no records, so nothing can be evaluated")
     if not itcpr.query_iid_container & itcpr.gallery_iid_container:
         raise DatasetError(
-            f"no query of {itcpr.data_dir} has an image to find: the instance_id of query.json and gallery.json do not "
-            "meet; use the two files of one download"
+            f"no query of {itcpr.data_dir} has an image to find: instance_ids of query.json and gallery.json do not "
+            "match; use the two files of one download"
         )
     check_images_exist({*itcpr.query["img_paths"], *itcpr.gallery["img_paths"]}, root, flag="--itcpr-root")
     return itcpr
@@ -100,7 +100,7 @@ def _read_syncpr(args: TrainingFlags) -> Sequence[SynCPRRecord]:
         raise DatasetError(f"--json-path {args.json_path} names {file}, which does not exist: name SynCPR's annotation")
     records = load_syncpr(root, args.json_path)
     if not records:
-        raise DatasetError(f"{file} holds no triplet, so there is nothing to train on")
+        raise DatasetError(f"{file} holds no triplets, so there is nothing to train on")
     processes = _number_of_processes()
     if len(records) < args.batch_size * processes:
         several = f" on each of {processes} processes" if processes > 1 else ""
@@ -169,14 +169,14 @@ def _check_sizes(paths: list[str]) -> None:
         )
     if small:
         logger.warning(
-            "%d of %d images looked at are too small for --transform squarepad (%s); such triplets will be left out",
+            "%d of %d images checked are too small for --transform squarepad (%s); such triplets will be left out",
             len(small),
             len(sizes),
             _listed(small),
         )
     if large:
         logger.warning(
-            "%d of %d images looked at are not of %d x %d pixels (%s): --transform squarepad cuts a part out of them",
+            "%d of %d images checked are not of %d x %d pixels (%s): --transform squarepad cuts a part out of them",
             len(large),
             len(sizes),
             _CROP_HEIGHT,

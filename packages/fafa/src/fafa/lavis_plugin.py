@@ -8,7 +8,7 @@ try:
     from fafa_lavis import LavisFAFACPR  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError(
-        "fafa.lavis_plugin needs LAVIS 1.0.2, in an environment of its own: make one with Python 3.11, and run "
+        "fafa.lavis_plugin needs LAVIS 1.0.2, in its own environment: make one with Python 3.11, and run "
         f"pip install packages/fafa/lavis there ({error})."
     ) from error
 

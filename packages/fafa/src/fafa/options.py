@@ -49,7 +49,7 @@ The paper's command, run from packages/fafa:
 A flag given twice keeps its last value, so a command can be adapted by appending to it.
 The run directory <output-dir>/<date>_<time>_<exp-name> receives training_hyperparameters.json, the tables of losses and
 validations, saved_models/ and the state that --resume continues from.
-Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process has batches of its own).
+Several GPUs: torchrun --nproc_per_node=N src/blip_fine_tune_new.py ... (each process has its own batches).
 """
 
 
@@ -175,7 +175,9 @@ def _add_authors_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--exp-name", type=experiment_name, default="cir", help="end of the run directory's name")
     run.add_argument("--num-epochs", type=whole_number(1), default=10, help="epochs of the whole run")
     run.add_argument("--batch-size", type=whole_number(1), default=256, help="triplets per step and process")
-    run.add_argument("--learning-rate", type=number(0, above=True), default=2e-6, help="highest rate of OneCycle")
+    run.add_argument(
+        "--learning-rate", type=number(0, above=True), default=2e-6, help="highest learning rate of OneCycle"
+    )
     run.add_argument("--validation-frequency", type=whole_number(1), default=1, help="epochs between two validations")
     run.add_argument("--validation-step", type=step_count, default=1_000_000, help="steps between two validations")
     run.add_argument("--save-training", action="store_true", help="write weights; without it none are written")
@@ -314,7 +316,7 @@ Compute the features of all images of a folder once, for fafa-search:
 
   fafa-index --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --images FOLDER --out gallery.safetensors
 
-An index that exists already is completed with the images it lacks.
+An existing index is completed with the images missing from it.
 """
 SEARCH = """\
 Find images of the person of a picture, with the changes that a sentence names, best first:
@@ -359,7 +361,7 @@ def search_args(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_run_flags(parser)
     parser.add_argument("--index", default="gallery.safetensors", help="index of fafa-index")
     parser.add_argument("--image", required=True, help="picture of the person")
-    parser.add_argument("--text", required=True, help="what is different in the images to find")
+    parser.add_argument("--text", required=True, help="what should be different in the images to find")
     parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show")
     parser.add_argument("--output", default="hits.png", help="picture to write")
     return parser.parse_args(argv)

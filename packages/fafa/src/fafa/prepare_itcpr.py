@@ -22,7 +22,7 @@ Put the images of ITCPR's three sources into place:
 * PRCC: the folders of rgb (train, val, test) go to PRCC/.
 
 Sources can be given one by one, at different times. Files that are there already with the same size are left alone, so
-an interrupted command can be repeated. At the end the images that the annotation names are looked for.
+an interrupted command can be repeated. At the end it checks that all images named by the annotation are there.
 """
 MODES = ("copy", "hardlink", "symlink")
 ANNOTATIONS = ("query.json", "gallery.json")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         raise InputError("nothing to prepare: give at least one of --annotations, --celeb-reid, --prcc, --last")
     for flag, folder, _ in sources:
         if folder and not Path(folder).is_dir():
-            raise DatasetError(f"{flag} {folder} is not a folder: give the one that the download was unpacked to")
+            raise DatasetError(f"{flag} {folder} is not a folder: give the one into which the download was unpacked")
         if folder and out.resolve().is_relative_to(Path(folder).resolve()):
             raise InputError(f"--out {out} lies inside {flag} {folder}: choose a folder outside the downloads")
     for flag, folder, find in sources:
@@ -61,7 +61,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fafa-itcpr", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("action", choices=["prepare"], help="what to do")
+    parser.add_argument("action", choices=["prepare"], help="command")
     parser.add_argument("--out", required=True, help="ITCPR root to write")
     parser.add_argument("--annotations", help="folder of query.json and gallery.json")
     parser.add_argument("--celeb-reid", help="folder of Celeb-reID (with gallery/ and query/ somewhere inside)")

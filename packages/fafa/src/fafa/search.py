@@ -46,7 +46,7 @@ def _encoded(
 def search(run: TrainedRun, flags: argparse.Namespace) -> int:
     """Rank the images of an index for one picture and sentence, print them, and draw them; returns the exit status 0."""
     if not flags.text.strip():
-        raise InputError("--text is empty: say what is different in the images to find")
+        raise InputError("--text is empty: say what should be different in the images to find")
     image = read_image(flags.image, as_shown=True)
     GalleryIndex.open(flags.index)  # a wrong path costs less before the model is loaded
     trained = open_trained(run, flags.device, trust=flags.trust_checkpoint)

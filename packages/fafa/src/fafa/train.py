@@ -93,7 +93,7 @@ def train(
         try:
             training.train()
         except Stopped:
-            logger.info("stopped; go on with the same command and --resume %s", training.directory)
+            logger.info("stopped; resume with the same command and --resume %s", training.directory)
             return run.exit_status
         finally:
             training.validator.close()

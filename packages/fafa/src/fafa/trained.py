@@ -77,7 +77,7 @@ def _loaded(settings: ModelSettings, state: Mapping[str, Tensor], source: str) -
     lost = [name for name in missing if name.startswith(_ENCODER)]
     if lost:
         raise CheckpointError(
-            f"{source} lacks {len(lost)} weights of the model, such as {lost[0]}: it belongs to another model; name its "
+            f"{source} is missing {len(lost)} weights of the model, such as {lost[0]}: it belongs to another model; name its "
             "backbone with --backbone"
         )
     try:

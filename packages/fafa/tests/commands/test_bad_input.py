@@ -161,7 +161,7 @@ def yaml_with(text: str) -> Break:
         (remove("itcpr/LAST/000009/9_9.png"), "9_9.png"),
         (write("itcpr/query.json", "[]"), "query.json"),
         (write("itcpr/query.json", '[{"file_path": "../../secret.png"}]'), "record 0"),
-        (ids_that_do_not_meet, "do not meet"),
+        (ids_that_do_not_meet, "do not match"),
         (flags("--batch-size", "17"), "--batch-size 17"),
         (flags("--json-path", "absent.json"), "absent.json"),
         (flags("--fda-k", "9"), "--fda-k 9"),

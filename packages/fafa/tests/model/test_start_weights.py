@@ -73,7 +73,7 @@ def test_a_bare_vit_of_more_blocks_and_another_grid(tiny: Tiny, tmp_path: Path, 
         elif name.startswith(prefix):
             assert torch.equal(value, vit[name.removeprefix(prefix)])
     torch.save({"head.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(CheckpointError, match="vit.pth lacks"):
+    with pytest.raises(CheckpointError, match="vit.pth is missing"):
         tiny(vit_model=vit_model, load_pretrained=True, vit_weights=str(path))
 
 

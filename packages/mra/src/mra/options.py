@@ -29,7 +29,7 @@ Pre-train, fine-tune or evaluate MRA. The paper's commands, run from packages/mr
   python3 run.py --task "cuhk" --dist "f4" --output_dir "out/ft_cuhk"   --checkpoint "data/checkpoint/pretrain.pth"
   python3 run.py --task "cuhk" --dist "f4" --output_dir "out/eval_cuhk" --checkpoint "data/checkpoint/ft_cuhk.pth" --evaluate
 
-Likewise icfg and rstp. Reads configs/<task>.yaml (working directory first, else the released one), and starts
+icfg and rstp work the same way. Reads configs/<task>.yaml (working directory first, else the released one), and starts
 Retrieval.py with as many processes as --dist asks for and this machine has GPUs; without a GPU, one process on the CPU.
 """
 RETRIEVAL_DESCRIPTION = """\
@@ -43,7 +43,7 @@ Compute the features of all images of a folder once, for mra-search:
 
   mra-index --checkpoint data/checkpoint/ft_cuhk.pth --images FOLDER --out gallery.safetensors
 
-An index that exists already is completed with the images it lacks.
+An existing index is completed with the images missing from it.
 """
 SEARCH_DESCRIPTION = """\
 Find the images of an index that fit a sentence, best first:
@@ -89,7 +89,7 @@ def build_run_parser() -> argparse.ArgumentParser:
         help="f4: four GPUs; gpu0 ... gpu3: that GPU; m0, m1: node 0 or 1 of two nodes with four GPUs each. Numbers "
         "count within CUDA_VISIBLE_DEVICES if it is set",
     )
-    group.add_argument("--output_dir", type=str, default="out/pre_sda", help="folder of everything a run writes")
+    group.add_argument("--output_dir", type=str, default="out/pre_sda", help="folder for everything a run writes")
     group.add_argument(
         "--checkpoint",
         type=str,
@@ -101,7 +101,7 @@ def build_run_parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "--nproc",
         type=whole_number(1),
-        help="processes per node instead of what --dist asks for; more than the GPUs there are only on the CPU",
+        help="processes per node instead of what --dist asks for; more than there are GPUs only on the CPU",
     )
     launch.add_argument(
         "--master_addr",
@@ -125,7 +125,7 @@ def build_retrieval_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("the authors' flags")
     group.add_argument("--config", type=str, required=True, help="YAML file of the task")
     group.add_argument("--task", type=str, required=True, help=f"one of {', '.join(TASKS)}")
-    group.add_argument("--output_dir", type=str, required=True, help="folder of everything a run writes")
+    group.add_argument("--output_dir", type=str, required=True, help="folder for everything a run writes")
     group.add_argument("--checkpoint", type=str, default="", help="weights to start from, or to evaluate")
     _add_run_flags(group)
     group.add_argument("--world_size", type=int, default=1, help="accepted; the launcher's WORLD_SIZE counts")
@@ -141,7 +141,7 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--bs", type=whole_number(0), default=0, help="batch size of each process; 0: the YAML's")
     group.add_argument("--epo", type=whole_number(0), default=0, help="epochs; 0: the YAML's")
     group.add_argument("--lr", type=number(0), default=0.0, help="learning rate; 0: the YAML's")
-    group.add_argument("--seed", type=seed, default=42, help="process r uses seed + r")
+    group.add_argument("--seed", type=seed, default=42, help="random seed; process r uses seed + r")
     group.add_argument("--evaluate", action="store_true", help="evaluate --checkpoint instead of training")
     # --re is what the released run.py passes on; written out, because argparse would find it ambiguous now.
     group.add_argument(
@@ -160,9 +160,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     ours.add_argument(
         "--device", type=device, default="cuda", help="cuda: a GPU if there is one, else the CPU; cpu; cuda:N"
     )
-    ours.add_argument(
-        "--resume", action="store_true", help="go on with the run in --output_dir where it was interrupted"
-    )
+    ours.add_argument("--resume", action="store_true", help="resume the run in --output_dir where it was interrupted")
     ours.add_argument(
         "--save_every",
         type=whole_number(0),

@@ -32,7 +32,7 @@ def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace
     check_task(args.task)
     training = not args.evaluate
     if not training and args.resume:
-        raise InputError("--resume goes on with a training run, and --evaluate trains nothing: leave one of them out")
+        raise InputError("--resume continues a training run, and --evaluate trains nothing: leave one of them out")
     config = with_overrides(config, args)
     settings = check_config(config, config_file, training=training)
     _check_split(config, config_file, args)

@@ -103,7 +103,7 @@ def open_trained(flags: argparse.Namespace) -> Trained:
         )
     missing = [key for key in ("h", "w", "max_tokens", "max_words", "text_encoder") if key not in config]
     if missing:
-        raise InputError(f"{flags.config or flags.checkpoint}: the configuration lacks {', '.join(missing)}")
+        raise InputError(f"{flags.config or flags.checkpoint}: the configuration is missing {', '.join(missing)}")
     if flags.text_encoder:
         config = {**config, "text_encoder": flags.text_encoder}
     tokenizer = build_tokenizer(config["text_encoder"])

@@ -158,7 +158,7 @@ class Training:
                 self._save()
                 stopped = not position.trained
             if stopped or not self._finish_epoch() or (self.run.stop_requested() and position.epoch < epochs):
-                saved = "go on with the same command and --resume" if self.args.save_every else "nothing was saved"
+                saved = "resume with the same command and --resume" if self.args.save_every else "nothing was saved"
                 logger.info("stopped in epoch %d; %s", position.epoch, saved)
                 return self.run.exit_status
         if self.run.is_main:
@@ -320,7 +320,7 @@ class Training:
         if self.run.is_main:
             if self.state_file.is_file() and not self.args.resume:
                 logger.warning(
-                    "%s is the state of an earlier run, which this run replaces; --resume would go on with it",
+                    "%s is the state of an earlier run, which this run replaces; --resume would continue it",
                     self.state_file,
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -376,7 +376,7 @@ def _read_state(path: Path, settings: Mapping[str, Any], seed: int, ranks: Ranks
         if stored.get(key) != settings.get(key):
             raise CheckpointError(
                 f"{path} belongs to a run on other data ({key} was {stored.get(key)!r}, and is {settings.get(key)!r} now): to "
-                "go on from its weights, start a run with another --output_dir and the weights as --checkpoint"
+                "continue from its weights, start a run with another --output_dir and the weights as --checkpoint"
             )
     now = seed, settings["batch_size_train"], ranks.world_size
     if before != now and position.batch:

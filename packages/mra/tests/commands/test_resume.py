@@ -163,7 +163,7 @@ def test_signal_to_run_py_saves_and_exits(
     rest, errors = process.communicate(timeout=120)
     assert process.returncode == status, out + rest + errors
     assert "Traceback" not in errors
-    assert "go on with the same command and --resume" in rest
+    assert "resume with the same command and --resume" in rest
     stored = torch.load(folder / "last.pth", weights_only=True)["progress"]
     assert 0 < stored["batch"] <= 6 and stored["epoch"] == 0
     assert retrieval_main([*words, "--resume"]) == 0

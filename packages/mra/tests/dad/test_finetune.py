@@ -148,7 +148,7 @@ def test_interrupted_run_goes_on_with_the_same_numbers(
     with open(parts / "model/log.jsonl", "a", encoding="utf-8") as stream:
         stream.write('{"step": 99}\n')
     assert dad_main(flags("finetune", parts, *more)) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert_same(state(whole), state(parts))
     for name in ("model/log.jsonl", "model/controlnet/diffusion_pytorch_model.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()

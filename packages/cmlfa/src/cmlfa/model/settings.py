@@ -88,7 +88,7 @@ class ModelSettings:
     text_length: int = flag(77, "tokens per caption", type=whole_number(3))
     vocab_size: int = flag(49408, "size of the MLM head", type=whole_number(1))
     loss_names: str = flag("sdm+id+mlm", f"losses out of {', '.join(LOSSES)} joined by '+'", type=loss_names)
-    temperature: float = flag(0.02, "of all similarities; constant", type=number(0, above=True))
+    temperature: float = flag(0.02, "temperature of all similarities; constant", type=number(0, above=True))
     cmt_depth: int = flag(4, "layers of the cross-modal transformer", type=whole_number(1))
     mlm_loss_weight: float = flag(1.0, "weight of the masked-language loss", type=number(0))
     id_loss_weight: float = flag(

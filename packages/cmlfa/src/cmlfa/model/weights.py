@@ -143,7 +143,9 @@ def load_but_heads(model: nn.Module, state: Mapping[str, Tensor], *, source: str
     wanted = model.state_dict()
     superfluous = [key for key in state if key not in wanted and key.startswith(_TRAINING_ONLY)]
     if superfluous:
-        logger.warning("%s: %d weights of training heads that this model lacks are left out", source, len(superfluous))
+        logger.warning(
+            "%s: %d weights of training heads that this model does not have are left out", source, len(superfluous)
+        )
     for warning in load_state_dict_strictly(
         model,
         {key: tensor for key, tensor in state.items() if key not in superfluous},

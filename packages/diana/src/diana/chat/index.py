@@ -71,7 +71,7 @@ def _outdated(paths: set[str], indexed_at: float) -> set[str]:
 
 
 def listed_images(source: str) -> list[str]:
-    """Absolute image paths of a folder, searched with its sub-folders, or of a text file with one path a line.
+    """Absolute image paths of a folder, searched with its sub-folders, or of a text file with one path per line.
 
     Absolute, because a chat may be held in another folder, and one picture named in two ways would be found twice.
 
@@ -87,7 +87,7 @@ def listed_images(source: str) -> list[str]:
         raise InputError(f"--images {file} is neither a folder nor a list of paths ({error})") from error
     paths = list(dict.fromkeys(os.path.abspath(line.strip()) for line in lines if line.strip()))
     if not paths:
-        raise InputError(f"--images {file} lists no image: write one path a line")
+        raise InputError(f"--images {file} lists no images: write one path per line")
     return paths
 
 

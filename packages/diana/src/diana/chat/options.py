@@ -11,7 +11,7 @@ Compute the features of all images of a folder once, for diana-chat:
 
   diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
 
-An index that exists already is brought up to date: images it lacks are added, images that changed since are encoded
+An existing index is brought up to date: missing images are added, images that changed since are encoded
 again, and those whose file is gone are dropped. Images that cannot be read are left out, each with a warning.
 """
 CHAT_DESCRIPTION = """\
@@ -36,15 +36,21 @@ def parse_index_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--pretrained", required=True, metavar="DIR", help="checkpoint folder")
-    add("--images", required=True, help="folder of images, or a text file with one path a line")
+    add("--images", required=True, help="folder of images, or a text file with one path per line")
     add("--out", default="gallery.safetensors", metavar="FILE", help="index to write or to update")
     add("--mode", choices=("global", "all"), default="global", help="all: with attributes, for better ranking")
     add("--batch_size", type=whole_number(1), default=128, help="images encoded at once")
     add("--num_workers", type=whole_number(0), default=0, help="processes that read images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", choices=("checkpoint", "fp32", "bf16"), default="checkpoint", help="precision of the model")
-    add("--mean", type=number(), nargs=3, default=list(MEAN), help="of the training images, red green blue")
-    add("--std", type=number(0, above=True), nargs=3, default=list(STD), help="of the training images, red green blue")
+    add("--mean", type=number(), nargs=3, default=list(MEAN), help="mean of the training images: red green blue")
+    add(
+        "--std",
+        type=number(0, above=True),
+        nargs=3,
+        default=list(STD),
+        help="standard deviation of the training images: red green blue",
+    )
     return parser.parse_args(argv)
 
 
@@ -80,6 +86,6 @@ def parse_chat_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--request_fields",
         type=request_fields,
         metavar="JSON",
-        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a reasoning model',
     )
     return parser.parse_args(argv)

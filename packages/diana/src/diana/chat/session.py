@@ -177,7 +177,7 @@ def _questioner(flags: argparse.Namespace, session: Session, client: ChatClient 
 def _client(flags: argparse.Namespace) -> ChatClient | None:
     if flags.model is None:
         if flags.base_url is not None:
-            raise InputError("--base_url needs --model: name the model that the server has")
+            raise InputError("--base_url needs --model: name a model that the server offers")
         return None
     return ChatClient(
         flags.model,

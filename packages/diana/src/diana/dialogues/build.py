@@ -26,7 +26,7 @@ only the dialogue, the other answers and sees only the captions. Any OpenAI-comp
   diana-build-dialogues --captions CUHK-PEDES/reid_raw.json --split train --out train_reid.json --rounds 5 \\
     --base_url http://127.0.0.1:8000/v1 --model NAME
 
-Every finished image is put on the disk at once (OUT.journal), so that the command can be killed and started again. Images
+Every finished image is written to disk immediately (OUT.journal), so that the command can be killed and started again. Images
 that failed are listed with the reason in OUT.failures.json, the exit status is then 1, and the next call tries them
 again. A dialogue whose captions have changed since is written again. A key, where the server wants one, is read from the
 environment variable OPENAI_API_KEY and nowhere else.
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     if outcome.refusal is not None:
         raise InputError(outcome.refusal)
     if outcome.interrupted is not None:
-        print("stopped; the same command goes on with the missing images", file=sys.stderr)
+        print("stopped; run the same command again to continue with the missing images", file=sys.stderr)
         return outcome.exit_status
     dialogues = {key(entry): entry["chats"] for entry in _read_lines(journal) if "chats" in entry}
     finished = [
@@ -171,24 +171,29 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--captions", required=True, metavar="FILE", help="JSON list of records with id, file_path, captions, split")
-    add("--split", default="train", help="records to use; all: every one")
+    add("--split", default="train", help="split of the records to use; all: every record")
     add("--out", required=True, metavar="FILE", help="ChatPedes annotation file to write")
     add("--rounds", type=whole_number(1), default=5, help="questions and answers per dialogue")
     add("--limit", type=whole_number(1), metavar="N", help="only the first N images")
     server = parser.add_argument_group("language model")
     add = server.add_argument
-    add("--model", "--llm_model", required=True, help="name that the server knows")
+    add("--model", "--llm_model", required=True, help="model name on the server")
     add("--base_url", "--llm_base_url", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
-    add("--temperature", type=number(0), default=0.0, help="0: the most probable words")
-    add("--seed", type=whole_number(0), default=0, help="of the opening questions, and of servers that have one")
+    add("--temperature", type=number(0), default=0.0, help="sampling temperature; 0: the most probable words")
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="seed of the opening questions, also sent to servers that accept one",
+    )
     add(
         "--request_fields",
         type=request_fields,
         metavar="JSON",
-        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a model that thinks',
+        help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a reasoning model',
     )
-    add("--concurrency", type=whole_number(1), default=8, help="images worked on at a time")
+    add("--concurrency", type=whole_number(1), default=8, help="images processed at a time")
     add("--timeout", type=number(0, above=True), default=60.0, help="seconds one request may take")
     add("--deadline", type=number(0, above=True), default=300.0, help="seconds one image may take in all")
     add("--attempts", type=whole_number(1), default=6, help="requests for one answer before the image fails")

@@ -168,7 +168,7 @@ class DiaNAConfig:
             raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again.") from error
         missing = [name for name in _PARTS if not isinstance(values, dict) or not isinstance(values.get(name), dict)]
         if missing:
-            raise CheckpointError(f"{path} is not a configuration of DiaNA: it lacks {', '.join(missing)}.")
+            raise CheckpointError(f"{path} is not a configuration of DiaNA: it is missing {', '.join(missing)}.")
         try:
             return cls(**values)
         except (InputError, TypeError) as error:

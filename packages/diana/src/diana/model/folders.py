@@ -43,7 +43,7 @@ def resolve_folder(source: str | os.PathLike[str], *, weights: bool = True) -> P
     """
     text = os.fspath(source)
     if "<" in text and ">" in text:
-        raise CheckpointError(f"{text} still holds a placeholder: replace <...> by the real folder.")
+        raise CheckpointError(f"{text} still holds a placeholder: replace <...> with the real folder.")
     folder = Path(text)
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights.")
@@ -122,5 +122,5 @@ def _from_hub(name: str, weights: bool) -> Path:
             "log in if the repository is gated."
         ) from error
     if not _complete(folder, weights):
-        raise CheckpointError(f"The repository {name} holds no config.json with weights beside it; check the name.")
+        raise CheckpointError(f"The repository {name} holds no config.json with weights next to it; check the name.")
     return folder

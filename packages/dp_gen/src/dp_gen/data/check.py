@@ -77,7 +77,7 @@ def _segment_problems(
     if value == 0:
         problems.append("'id' 0 is the background")
     elif value not in present:
-        problems.append(f"'id' {value} is nowhere in the mask")
+        problems.append(f"'id' {value} does not occur in the mask")
     return problems
 
 

@@ -46,13 +46,13 @@ def make_prompt(tokenizer: Any, description: str, references: Tensor, slots: int
     get_img_token_idx(mask, slots)
     if len(references) != tokens:
         raise InputError(
-            f"{len(references)} reference images for {tokens} image tokens {IMAGE_TOKEN} in {description!r}: both must be "
-            "as many"
+            f"{len(references)} reference images for {tokens} image tokens {IMAGE_TOKEN} in {description!r}: "
+            "the numbers must be equal"
         )
     if int(mask.sum()) != tokens:
         raise InputError(
-            f"{tokens} image tokens mark {int(mask.sum())} words in {description!r}: put each {IMAGE_TOKEN} behind a word of "
-            f"its own, within the first {tokenizer.model_max_length} tokens"
+            f"{tokens} image tokens mark {int(mask.sum())} words in {description!r}: put each {IMAGE_TOKEN} after its "
+            f"own word, within the first {tokenizer.model_max_length} tokens"
         )
     return Prompt(description.replace(IMAGE_TOKEN, ""), input_ids, mask, references)
 

@@ -92,7 +92,7 @@ def _phrase_of(file: Path) -> str:
     """`red_coat_2.jpg` -> `red coat`."""
     phrase = re.sub(r"[_\s]+", " ", re.sub(r"[_\s]*\d+$", "", file.stem)).strip()
     if not phrase:
-        raise DatasetError(f"the reference {file} has no words in its name: name it as what it shows (red_coat.jpg)")
+        raise DatasetError(f"the reference {file} has no words in its name: name it after what it shows (red_coat.jpg)")
     return phrase
 
 

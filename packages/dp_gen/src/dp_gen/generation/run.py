@@ -141,7 +141,7 @@ def _make(
         unit="image",
     )
     if outcome.interrupted is not None:
-        print("stopped; the same command makes the missing images", file=sys.stderr)
+        print("stopped; run the same command again to make the missing images", file=sys.stderr)
         return outcome.exit_status
     _conclude(root, [task.name for task in tasks], original)
     return 0

@@ -132,8 +132,8 @@ def check_descriptions(descriptions: Sequence[tuple[str, tuple[Path, ...]]], slo
         tokens = text.count(IMAGE_TOKEN)
         if tokens != len(references):
             raise InputError(
-                f"{text!r} has {tokens} image tokens {IMAGE_TOKEN} and {len(references)} reference images: both must be "
-                "as many (first token, first reference)"
+                f"{text!r} has {tokens} image tokens {IMAGE_TOKEN} and {len(references)} reference images: the "
+                "numbers must be equal (first token, first reference)"
             )
         if slots is not None and tokens > slots:
             raise InputError(f"{text!r} has {tokens} image tokens, and the model takes {slots} references at most")

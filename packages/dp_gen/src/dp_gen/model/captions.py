@@ -47,7 +47,7 @@ def load_tokenizer(
     # Where files are absent transformers makes a tokenizer without words, or without a length, and says nothing.
     if tokenizer.vocab_size < _BYTE_SYMBOLS or tokenizer.model_max_length > _LONGEST_TEXT:
         raise InputError(
-            f"the tokenizer of {pretrained_model_hf} lacks its vocabulary or its length: the model's tokenizer folder must "
+            f"the tokenizer of {pretrained_model_hf} is missing its vocabulary or its length: the model's tokenizer folder must "
             "hold vocab.json, merges.txt and tokenizer_config.json"
         )
     # Its id is beyond the text encoder's embeddings and never reaches them: `encode_with_image_tokens` takes it out.

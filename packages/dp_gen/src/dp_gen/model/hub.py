@@ -96,7 +96,7 @@ def require_sd_folder(folder: str, flag: str) -> None:
     missing = [part for part in SD_PARTS if not (Path(folder) / part).is_dir()]
     if missing:
         raise InputError(
-            f"{flag} {folder} lacks {', '.join(missing)}: name a Stable Diffusion folder in diffusers' layout "
+            f"{flag} {folder} is missing {', '.join(missing)}: name a Stable Diffusion folder in diffusers' layout "
             f"({', '.join(SD_PARTS)})"
         )
 

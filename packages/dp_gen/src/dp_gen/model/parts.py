@@ -53,7 +53,7 @@ def load_image_encoder(args: argparse.Namespace) -> Any:
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise InputError(
-            f"{_CLIP_FLAG} {args.image_encoder_hf} lacks {len(missing)} weights of CLIP's vision half ({missing[0]}): "
+            f"{_CLIP_FLAG} {args.image_encoder_hf} is missing {len(missing)} weights of CLIP's vision half ({missing[0]}): "
             "name a whole CLIP model"
         )
     return encoder

@@ -57,11 +57,13 @@ class DiversePersonPipeline:
         if not (root / CONFIG_NAME).is_file():
             raise InputError(
                 f"{root} has no {CONFIG_NAME}, so it is not the complete result of a training: name the --output_dir of "
-                "a run that came to its end"
+                "a finished run"
             )
         missing = [place for place in _PLACES if not (root / place).exists()]
         if missing:
-            raise InputError(f"{root} lacks {', '.join(missing)}: copy the trained model again, or give another one")
+            raise InputError(
+                f"{root} is missing {', '.join(missing)}: copy the trained model again, or give another one"
+            )
         settings = _read_settings(root / CONFIG_NAME)
         try:
             args = argparse.Namespace(**settings["args"])
@@ -71,7 +73,7 @@ class DiversePersonPipeline:
             args.attribute_loc = bool(args.attribute_loc)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{root / CONFIG_NAME} lacks a setting ({error}): copy it from the training again"
+                f"{root / CONFIG_NAME} is missing a setting ({error}): copy it from the training again"
             ) from error
         args.pretrained_model_hf, args.image_encoder_hf = str(root), str(root / "image_encoder")
         args.revision = args.variant = args.load_model = None

@@ -114,7 +114,7 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files:
         if Path(file).name != file:
-            raise CheckpointError(f"{index} names the file {file}, which is not beside it: give another checkpoint")
+            raise CheckpointError(f"{index} names the file {file}, which is not next to it: give another checkpoint")
         state.update(find_state_dict(load_checkpoint_file(index.parent / file), source=str(index.parent / file))[0])
     return state
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         store_settings(root / SETTINGS_NAME, settings)
         interrupted = _segment(args, backend, missing, lexicon, root)
         if interrupted is not None:
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            print("stopped; run the same command again to continue from here", file=sys.stderr)
             return interrupted
     left = sum(not is_complete(sample, root) for sample in samples)
     if left:

@@ -254,7 +254,7 @@ def _require_transformers() -> None:
     if numbers < OLDEST_TRANSFORMERS:
         raise InputError(
             f"The model needs transformers {wanted} or later, but {found} is installed: "
-            f"pip install 'transformers>={wanted}' (LAVIS's belongs in an environment of its own)."
+            f"pip install 'transformers>={wanted}' (LAVIS needs its own environment)."
         )
 
 

@@ -66,7 +66,12 @@ def load_start_weights(model: "Blip2") -> bool:
         raise StateDictMismatch(f"{start} holds no weight of this model: give a file in LAVIS's layout.")
     missing = [key for key in result.missing_keys if not key.startswith(("visual_encoder.", "mlm_predictor."))]
     if missing:
-        logger.warning("%s lacks %d weights that keep their first values, such as %s.", start, len(missing), missing[0])
+        logger.warning(
+            "%s has no values for %d weights, which keep their initial values, such as %s.",
+            start,
+            len(missing),
+            missing[0],
+        )
     return has_vit
 
 
@@ -139,7 +144,7 @@ def _load_vit(model: "Blip2", source: str) -> None:
     state = {prefix + key: value for key, value in state.items() if prefix + key in known}
     absent = sorted(known - set(state))
     if absent:
-        raise CheckpointError(f"{path} lacks {absent[0].removeprefix(prefix)} and is not the ViT of this model.")
+        raise CheckpointError(f"{path} is missing {absent[0].removeprefix(prefix)} and is not the ViT of this model.")
     load_from(model, state, str(path))
 
 

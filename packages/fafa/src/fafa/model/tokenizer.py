@@ -50,7 +50,9 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         lines.pop()
     missing = [token for token in _SPECIAL if token not in lines]
     if missing:
-        raise InputError(f"Vocabulary {path} lacks {', '.join(missing)}; give one token per line, these among them.")
+        raise InputError(
+            f"Vocabulary {path} is missing {', '.join(missing)}; give one token per line, these among them."
+        )
     if len(set(lines)) < len(lines):
         first = next(token for index, token in enumerate(lines) if token in lines[:index])
         raise InputError(f"Vocabulary {path} holds {first!r} twice; give every token one line.")

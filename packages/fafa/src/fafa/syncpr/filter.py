@@ -94,7 +94,7 @@ def main(flags: argparse.Namespace) -> int:
         asked = _ask(flags, client, [record for record in scores if failing(record, flags) is None], quadruples)
         print(asked.sentence("pair"))
         if asked.interrupted is not None:
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; run the same command again to continue", file=sys.stderr)
             return asked.interrupted
         # Pairs about which the model says nothing usable are dropped; a server that does not answer is another matter.
         complaint = asked.refusal or (f"{asked.failed} pairs got no answer: run again" if asked.failed else "")

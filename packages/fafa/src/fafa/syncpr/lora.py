@@ -148,7 +148,7 @@ def train(flags: argparse.Namespace, items: Sequence[tuple[str, str]], run: Run)
             if last:
                 break
     if step < flags.steps:
-        logger.info("stopped after step %d; the same command goes on", step)
+        logger.info("stopped after step %d; run the same command again to continue", step)
         return run.exit_status
     return 0
 
@@ -203,7 +203,7 @@ def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
         step = int(state["step"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a state of this training; delete it to start again") from error
-    logger.info("going on after step %d", step)
+    logger.info("resuming after step %d", step)
     return step
 
 

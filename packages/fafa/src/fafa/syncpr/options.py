@@ -32,8 +32,8 @@ the edits from one to the other and back.
     --count 140500 --workers 64
 
 Who the people are is drawn from seed lists (--attributes), reproducibly by --seed. Answers are checked, unusable ones are
-asked again, captions that occurred before are dropped. Everything is on the disk at once: after a kill the same command
-goes on. Writes requests.jsonl (the answers), quadruples.jsonl, quadruples.jsonl.dropped.jsonl (with reasons) and a
+asked again, captions that occurred before are dropped. Everything is written to disk immediately: after a kill, the same
+command continues. Writes requests.jsonl (the answers), quadruples.jsonl, quadruples.jsonl.dropped.jsonl (with reasons) and a
 manifest. Exit status 0 when there are --count quadruples.
 """
 
@@ -45,7 +45,7 @@ side; it is cut into a left half (caption 1, the reference) and a right half (ca
     --variants 10 --batch-size 4 --shard 1/8
 
 Writes testK/img/<quadruple>-<variant>.png, the halves in testK/sub_img/img_left and img_right, images.jsonl and a
-manifest. A picture depends on --seed, quadruple and variant, not on batch or shard. After a kill the same command goes on;
+manifest. A picture depends on --seed, quadruple and variant, not on batch or shard. After a kill, the same command continues;
 --variants may be raised later. One process per GPU: --device cuda:N --shard i/n.
 """
 
@@ -59,7 +59,7 @@ Keep the pairs that show what they should.
 Measured for every pair (scores.jsonl): the cosine of each half and its caption, the similarity of the two halves as
 persons (--person-model, or CLIP) and as pictures. A pair whose halves are nearly the same picture is of no use either. The
 vision-language model is asked only about pairs that pass the thresholds. What passes everything is in kept.jsonl, the rest with
-the reason in kept.jsonl.dropped.jsonl. Scores and answers are computed once: other thresholds take effect at once. The
+the reason in kept.jsonl.dropped.jsonl. Scores and answers are computed once: other thresholds take effect immediately. The
 paper names neither its filter models nor its thresholds; these are ours, so look at scores.jsonl before you choose.
 """
 
@@ -92,7 +92,7 @@ Train a LoRA on the attention of a text-to-image model (Stable Diffusion 1 and 2
 
 DATA/captions.jsonl has one line {"image": "images/0.png", "caption": "..."} per picture; `fafa-syncpr pairs` makes such a
 folder. Writes lora/pytorch_lora_weights.safetensors, which `fafa-syncpr images --lora` and diffusers load, lora/log.jsonl,
-and the state to go on from: after a kill the same command ends with the same weights. --steps may be raised later.
+and the state to resume from: after a kill the same command ends with the same weights. --steps may be raised later.
 """
 
 _COST = """\
@@ -155,7 +155,7 @@ def _quadruples(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on with the quadruples that are there; --no-resume refuses a folder that has some",
+        help="continue with the quadruples that are there; --no-resume refuses a folder that has some",
     )
     what.add_argument("--dry-run", action="store_true", help="show the first prompts and send nothing")
 
@@ -268,7 +268,7 @@ def _lora(parser: argparse.ArgumentParser) -> None:
         "--caption-dropout", type=number(0, 1), default=0.1, help="share of empty captions, for guidance"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--save-every", type=whole_number(1), default=200, help="steps between two savings")
+    parser.add_argument("--save-every", type=whole_number(1), default=200, help="steps between two saves")
     parser.add_argument("--log-every", type=whole_number(1), default=20, help="steps between two lines of the log")
     parser.add_argument("--num-workers", type=whole_number(0), default=2, help="processes that load pictures")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of order, noise and first weights")

@@ -111,11 +111,11 @@ def main(flags: argparse.Namespace) -> int:
     if outcome.refusal:
         raise InputError(outcome.refusal)
     if outcome.interrupted is not None:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return outcome.interrupted
     if len(kept) < wanted:
         fewer = flags.count - (wanted - len(kept)) * shard.count
-        other = f", or go on with those there are by --count {fewer}" if fewer > 0 else ""
+        other = f", or continue with those there are with --count {fewer}" if fewer > 0 else ""
         print(f"{wanted - len(kept)} quadruples are missing: run the same command again{other}", file=sys.stderr)
         return 1
     return 0

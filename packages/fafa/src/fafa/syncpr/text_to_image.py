@@ -85,7 +85,7 @@ class TextToImage:
                     ) from error
                 torch.cuda.empty_cache()
                 size = self._largest_batch = size // 2
-                print(f"the GPU's memory holds no larger batch: going on with {size} pictures at a time", flush=True)
+                print(f"the GPU's memory holds no larger batch: continuing with {size} pictures at a time", flush=True)
         return pictures
 
     def _paint(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image | None]:

@@ -215,7 +215,7 @@ def train(args: argparse.Namespace, data: ProcessedTrain, run: Run) -> int:
                     break
             if stopping or position.batch:  # or the signal has ended the loader's processes
                 save()
-                logger.info("stopped after step %d: the same command goes on", position.steps)
+                logger.info("stopped after step %d: run the same command again to continue", position.steps)
                 return run.exit_status
     if run.is_main:
         save_weights(networks.denoiser, out / args.method)
@@ -398,5 +398,5 @@ def _resume(
     rng = restore_state(stored, parts, run.ranks, source=path)
     if rng is not None:
         set_rng_state(rng)
-    logger.info("going on from %s: %d steps done", path, position.steps)
+    logger.info("resuming from %s: %d steps done", path, position.steps)
     return position

@@ -17,7 +17,7 @@ Make a synthetic pre-training set in the style of a target data set, as SDA was 
   mra-dad regions                                              boxes and phrases; writes data/sda/sda_<a>_<b>.json
   python3 run.py --task "sda" --dist "f4" --output_dir "out/pre_sda"
 
-Every stage reads and writes plain files, goes on where it was stopped or killed when the same command is given again,
+Every stage reads and writes plain files, continues where it was stopped or killed when the same command is given again,
 and takes --shard i/n to share its work among n machines. mra-dad-toy (tests/world) runs all of it on tiny networks.
 """
 
@@ -65,7 +65,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="controlnet",
-        help="controlnet (paper): a trainable copy of the encoder, fed with a white picture, beside the frozen model; "
+        help="controlnet (paper): a trainable copy of the encoder, fed with a white picture, next to the frozen model; "
         "lora: low-rank matrices in the attention layers, light",
     )
     parser.add_argument("--lora_rank", type=whole_number(1), default=16, help="of --method lora")
@@ -163,7 +163,7 @@ def _filter(parser: argparse.ArgumentParser) -> None:
 def _caption(parser: argparse.ArgumentParser) -> None:
     _add_folders(parser)
     parser.add_argument("--model", default=CAPTION_MODEL, help="BLIP-2 of transformers: hub id or folder")
-    parser.add_argument("--prompt", default=CAPTION_PROMPT, help="what the model is told (default: the paper's)")
+    parser.add_argument("--prompt", default=CAPTION_PROMPT, help="prompt for the model (default: the paper's)")
     parser.add_argument("--max_tokens", type=whole_number(1), default=50, help="longest caption")
     parser.add_argument("--beams", type=whole_number(1), default=1, help="1: the likeliest word each time")
     _add_stage(parser, batch_size=16)
@@ -241,7 +241,7 @@ _COMMANDS = {
         _finetune,
         "align a diffusion model with the training images",
         "Fine-tune a text-to-image model on the pairs of a training set. Writes DIR/controlnet or DIR/lora in diffusers'\n"
-        "layout, log.jsonl and last.pth; the same command again goes on where it was stopped, with the same numbers.\n"
+        "layout, log.jsonl and last.pth; the same command continues where it was stopped, with the same numbers.\n"
         "Several GPUs: torchrun --nproc_per_node 4 -m mra.dad finetune ...",
     ),
     "generate": (

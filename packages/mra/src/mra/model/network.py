@@ -109,7 +109,7 @@ class Retrieval(nn.Module):
         missing, unexpected = load_official(self, content, name=name, window=window, strict=is_eval)
         if missing or unexpected:
             logger.warning(
-                "%s has projections of another form (embed_dim %s 256): the model's own stay random and are learnt anew",
+                "%s has projections of another form (embed_dim %s 256): the model's own stay random and are learned from scratch",
                 name,
                 "not" if self.settings.linear_heads else "of",
             )

@@ -59,7 +59,7 @@ class Settings(BaseModel):
         if cause is not None:
             raise InputError(f"{name}: {cause}")
         if first["type"] == "missing":
-            raise InputError(f"{name} lacks the key {key}: add it")
+            raise InputError(f"{name} has no key {key}: add it")
         allowed = first["msg"].replace("Input should", "must")
         raise InputError(f"{name}: {key} {allowed}, but it is {first['input']!r}")
 

@@ -29,7 +29,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> dict[str, int]:
     vocabulary = {token.rstrip("\r"): number for number, token in enumerate(lines)}
     missing = [token for token in _SPECIAL if token not in vocabulary]
     if missing:
-        raise InputError(f"{file} lacks {', '.join(missing)}: it is not the vocabulary of a BERT model")
+        raise InputError(f"{file} is missing {', '.join(missing)}: it is not the vocabulary of a BERT model")
     if len(vocabulary) != len(lines):
         raise InputError(f"{file} holds a token twice ({len(lines)} lines, {len(vocabulary)} tokens): get it again")
     return vocabulary

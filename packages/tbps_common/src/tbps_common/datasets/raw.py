@@ -113,7 +113,7 @@ class RawDataset:
         pids = [record.integer("id") - self.first_train_id for record in self._train]
         known = sorted(set(pids))
         if known != list(range(len(known))):
-            logger.warning("%s: the training ids are not consecutive; numbered anew in sorted order", self.anno_path)
+            logger.warning("%s: the training ids are not consecutive; renumbered in sorted order", self.anno_path)
             renumbered = {pid: index for index, pid in enumerate(known)}
             pids = [renumbered[pid] for pid in pids]
         samples = []

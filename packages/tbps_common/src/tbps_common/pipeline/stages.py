@@ -347,7 +347,7 @@ def begin_manifest(output: str | Path, settings: Record, notes: Record | None = 
             earlier = json.loads(path.read_text(encoding="utf-8"))
             made_with = dict(earlier["settings"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged; delete it to go on with the present settings") from error
+            raise InputError(f"{path} is damaged; delete it to continue with the present settings") from error
         if made_with != settings:
             names = _differences(made_with, settings)
             name = names[0]
@@ -444,7 +444,7 @@ def _read_finished(path: Path) -> tuple[list[Record], Record | None]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(f"{manifest} is damaged; run the stage that writes {path.name} again") from error
     if not finished:
-        raise DatasetError(f"{path} is not finished; run the stage that writes it again, it goes on where it stopped")
+        raise DatasetError(f"{path} is not finished; run the stage that writes it again; it continues where it stopped")
     records = []
     for number, line in read_json_lines(path):
         if isinstance(line, str):

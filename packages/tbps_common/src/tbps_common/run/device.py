@@ -18,7 +18,7 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
     """
     name, _, number = requested.partition(":")
     if name not in ("auto", "cpu", "cuda") or (number and (name != "cuda" or not number.isdecimal())):
-        raise InputError(f"--device {requested} is none of auto, cpu, cuda, cuda:N")
+        raise InputError(f"--device {requested} is not one of auto, cpu, cuda, cuda:N")
     if name == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():

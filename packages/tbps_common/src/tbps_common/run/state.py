@@ -97,7 +97,7 @@ def restore_state(
             "program that the run was started with"
         ) from error
     logger.warning(
-        "%s holds the random state of %d process(es), and this run has %d: it goes on, but not exactly as it would have",
+        "%s holds the random state of %d process(es), and this run has %d: it continues, but not exactly as it would have",
         source,
         len(states),
         ranks.world_size,

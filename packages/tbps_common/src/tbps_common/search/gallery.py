@@ -63,7 +63,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[str]:
         names = (name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES))
         found.extend(path for path in (os.path.join(current, name) for name in names) if os.path.isfile(path))
     if not found:
-        raise GalleryError(f"No image is under {root} (looked for {', '.join(SUFFIXES)}); give another folder.")
+        raise GalleryError(f"There are no images under {root} (looked for {', '.join(SUFFIXES)}); give another folder.")
     return sorted(found)
 
 
@@ -176,12 +176,14 @@ class GalleryIndex:
                 metadata = _Metadata.parse(file, content.metadata())
                 missing = {"features", "path_bytes", "path_ends"} - set(content.keys())
                 if missing:
-                    raise GalleryError(f"{file} lacks {sorted(missing)[0]!r}; build the index again.")
+                    raise GalleryError(f"{file} is missing {sorted(missing)[0]!r}; build the index again.")
                 features = content.get_tensor("features")
                 paths = _decode_paths(file, content.get_tensor("path_bytes"), content.get_tensor("path_ends"))
         except (SafetensorError, OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise GalleryError(f"{file} is damaged or no gallery index ({reason}); build the index again.") from error
+            raise GalleryError(
+                f"{file} is damaged or not a gallery index ({reason}); build the index again."
+            ) from error
         if features.dtype not in _DTYPES or features.dim() not in (2, 3) or len(features) != len(paths):
             shape = list(features.shape)
             raise GalleryError(f"{file} holds {len(paths)} paths but features {shape}; build the index again.")

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     from tbps_world.practice.server import PracticeServer
 
     with PracticeServer(answer, port=args.port) as server:
-        print(f"serving on {server.url}; Ctrl-C ends it", flush=True)
+        print(f"serving on {server.url}; press Ctrl-C to stop", flush=True)
         threading.Event().wait()
     return 0
 

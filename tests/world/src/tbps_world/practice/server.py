@@ -86,7 +86,7 @@ class ChatHandler(BaseHTTPRequestHandler):
             messages = request["messages"]
         except (ValueError, KeyError, TypeError):
             self.close_connection = True
-            return self.send_json(400, {"error": {"message": "the request is no chat completion request"}})
+            return self.send_json(400, {"error": {"message": "the request is not a chat completion request"}})
         if not self.path.endswith("/chat/completions"):
             return self.send_json(404, {"error": {"message": f"no such address: {self.path}"}})
         self.respond(request, messages)

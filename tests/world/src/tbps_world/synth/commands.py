@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="Example: tbps-synth --out toy --preset small --layouts cuhk",
     )
-    result.add_argument("--out", metavar="DIR", help="folder of the world (made if absent)")
+    result.add_argument("--out", metavar="DIR", help="folder of the world (created if missing)")
     result.add_argument(
         "--preset",
         choices=("tiny", "small", "medium"),
@@ -39,10 +39,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ids", type=int, metavar="N", help="identities in all, split like the preset's")
     result.add_argument("--views", type=int, metavar="V", help="pictures per identity, at least 2 (front and back)")
     result.add_argument("--height", type=int, metavar="PIXELS", help="height of the pictures; they are half as wide")
-    result.add_argument("--seed", type=int, default=0, help="another seed, another world (default: 0)")
-    result.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, _MOST_WORKERS), help="processes that draw"
-    )
+    result.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    result.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, _MOST_WORKERS), help="worker processes")
     result.add_argument("--format", choices=("png", "jpg"), default="png", help="image files (default: png)")
     result.add_argument("--force", action="store_true", help="draw again, and replace another world in DIR")
     result.add_argument(

@@ -36,14 +36,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mra-dad-make-tiny", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the models into")
     parser.add_argument("--lexicon", required=True, metavar="FILE", help="words of the captions, one per line")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the random weights")
     add_size(parser, height=64, width=32)
     group = parser.add_argument_group("training (without --steps all weights stay random)")
     group.add_argument(
         "--steps",
         type=whole_number(0),
         default=0,
-        help="of the diffusion model, and a third of them of the captioner, on:",
+        help="training steps of the diffusion model, a third as many for the captioner, on:",
     )
     add_data(group)
     args = parser.parse_args(argv)

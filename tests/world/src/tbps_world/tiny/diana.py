@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="diana-make-tiny", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (made if absent)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into (created if missing)")
     parser.add_argument(
         "--lexicon", metavar="FILE", help="words the tokenizer learns from (default: those of the synthetic world)"
     )
@@ -43,7 +43,12 @@ def main(argv: list[str]) -> int:
         "--vocab_size", type=whole_number(_BYTES + len(SPECIALS)), default=600, help="most entries of the tokenizer"
     )
     parser.add_argument(
-        "--image_size", type=whole_number(16), nargs=2, default=[96, 48], metavar=("H", "W"), help="in pixels"
+        "--image_size",
+        type=whole_number(16),
+        nargs=2,
+        default=[96, 48],
+        metavar=("H", "W"),
+        help="image height and width in pixels",
     )
     swin = parser.add_argument_group("SwinV2")
     swin.add_argument("--patch_size", type=whole_number(1), default=4, help="side of a patch, in pixels")
@@ -54,7 +59,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--logit_scale", type=number(0, above=True), default=50.0, help="inverse temperature at the start"
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the random weights")
     flags = parser.parse_args(argv)
     if len(flags.depths) != len(flags.num_heads):
         raise InputError(
@@ -92,10 +97,10 @@ def read_lexicon(path: str | None) -> list[str]:
     try:
         words = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--lexicon {path} cannot be read ({error}): give a text file, one word a line") from error
+        raise InputError(f"--lexicon {path} cannot be read ({error}): give a text file, one word per line") from error
     words = [word.strip() for word in words if word.strip()]
     if not words:
-        raise InputError(f"--lexicon {path} is empty: give a text file, one word a line")
+        raise InputError(f"--lexicon {path} is empty: give a text file, one word per line")
     return words
 
 

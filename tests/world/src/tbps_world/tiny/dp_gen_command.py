@@ -25,16 +25,18 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("out", metavar="OUT", help="folder to write into")
     parser.add_argument("--lexicon", metavar="FILE", help="words of the captions (default: the synthetic world's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--unet_width", type=whole_number(4), default=UNET_WIDTH, help="channels of its first stage")
     parser.add_argument("--vae_images", metavar="DIR", help="training folder on whose images the VAE is trained")
-    parser.add_argument("--vae_updates", type=whole_number(1), default=VAE_UPDATES, help="of that training")
-    parser.add_argument("--vae_resolution", type=whole_number(64), default=128, help="of that training")
+    parser.add_argument("--vae_updates", type=whole_number(1), default=VAE_UPDATES, help="updates of that training")
+    parser.add_argument("--vae_resolution", type=whole_number(64), default=128, help="resolution of that training")
     args = parser.parse_args(argv)
     if args.unet_width % 4:
-        raise InputError(f"--unet_width {args.unet_width} is no multiple of 4, the number of normalisation groups")
+        raise InputError(f"--unet_width {args.unet_width} is not a multiple of 4, the number of normalisation groups")
     if args.vae_resolution % 8:
-        raise InputError(f"--vae_resolution {args.vae_resolution} is no multiple of 8: the VAE halves it three times")
+        raise InputError(
+            f"--vae_resolution {args.vae_resolution} is not a multiple of 8: the VAE halves it three times"
+        )
     words = read_lexicon(args.lexicon)
     images = None
     if args.vae_images:

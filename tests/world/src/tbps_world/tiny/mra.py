@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--out {out} is a file: name a folder")
     vocabulary = make_vocabulary(read_lexicon(Path(args.lexicon)))
     write_tiny(out, PRESETS[args.preset], vocabulary, args.seed)
-    print(f"written to {out}: configs/, data/bert-base-uncased/, data/checkpoint/, run.py; go on with: cd {out}")
+    print(f"written to {out}: configs/, data/bert-base-uncased/, data/checkpoint/, run.py; next: cd {out}")
     return 0
 
 
@@ -286,7 +286,7 @@ def read_lexicon(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"--lexicon {path} does not exist: tbps-synth writes one, lexicon.txt") from None
+        raise InputError(f"--lexicon {path} does not exist: tbps-synth writes one named lexicon.txt") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--lexicon {path} cannot be read ({error}): give a text file, one word per line") from error
     if not any(line.strip() for line in lines):
@@ -298,6 +298,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mra-make-tiny", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into, where the data are")
     parser.add_argument("--lexicon", required=True, metavar="FILE", help="words of the captions, one per line")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the random weights")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="tiny", help="sizes")
     return parser.parse_args(argv)

@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder that receives the models")
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS), help="which models to write")
     parser.add_argument("--words", metavar="FILE", help="words of the tokenizers; None: those of tbps-synth")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the random weights")
     parser.add_argument("--learn", metavar="ROOT", help="train sd and clip on this folder's pictures and captions")
-    parser.add_argument("--updates", type=whole_number(1), default=800, help="of the training, with --learn")
+    parser.add_argument("--updates", type=whole_number(1), default=800, help="updates of the training, with --learn")
     flags = parser.parse_args(argv)
     from tbps_common.pipeline.models import require_libraries
 

@@ -1,6 +1,6 @@
 """`cmlfa-toy`: the paper's own commands on synthetic pedestrians with a tiny CLIP, from nothing to numbers and pictures.
 
-Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+Every step is an ordinary command, echoed before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def _train(out: Path, attention: str, epochs: int | None) -> Path:
     _run("train", arguments)
     directory = _newest_run(out, attention)
     if directory is None:
-        raise InputError(f"the training left no run directory under {out / 'logs'}: look at its messages above")
+        raise InputError(f"the training left no run directory under {out / 'logs'}: see its messages above")
     return directory
 
 
@@ -204,7 +204,7 @@ def _conclude(out: Path, rows: list[tuple[str, int, dict[str, Any]]], seconds: f
         ("ranked_list.png", f"what six captions find ({rows[0][0]})"),
     ):
         print(f"  {out / name}: {what}")
-    print("\nSearch the test images for a person of your own:")
+    print("\nSearch the test images for your own person:")
     index = out / "gallery.safetensors"
     config = first_run / "configs.yaml"
     images = out / "world" / "CUHK-PEDES" / "imgs"
@@ -220,7 +220,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cmlfa-toy", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="toy", help="folder of everything that is written (default: %(default)s)")
+    parser.add_argument("--out", default="toy", help="folder for everything that is written (default: %(default)s)")
     parser.add_argument(
         "--preset",
         choices=("tiny", "small", "medium"),

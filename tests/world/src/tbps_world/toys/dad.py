@@ -1,6 +1,6 @@
 """`mra-dad-toy`: from nothing to MRA pre-trained on a data set of its own making, with tiny networks.
 
-Every step is an ordinary command, shown before it runs. A second call goes on where the first one was stopped.
+Every step is an ordinary command, shown before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -35,14 +35,14 @@ def main(argv: list[str]) -> int:
         InputError: `--out` is a file, or a library is missing.
     """
     parser = argparse.ArgumentParser(prog="mra-dad-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
-    parser.add_argument("--out", default="dad_toy", metavar="DIR", help="folder of everything that is written")
+    parser.add_argument("--out", default="dad_toy", metavar="DIR", help="folder for everything that is written")
     parser.add_argument("--ids", type=whole_number(8), default=100, help="synthetic persons")
-    parser.add_argument(
-        "--steps", type=whole_number(0), default=900, help="of the training of the tiny diffusion model"
-    )
-    parser.add_argument("--captions", type=whole_number(1), default=20, help="captions that pictures are made of")
+    parser.add_argument("--steps", type=whole_number(0), default=900, help="training steps of the tiny diffusion model")
+    parser.add_argument("--captions", type=whole_number(1), default=20, help="captions to make pictures of")
     parser.add_argument("--variants", type=whole_number(1), default=4, help="pictures per caption")
-    parser.add_argument("--epochs", type=whole_number(1), default=1, help="of the fine-tuning and of the pre-training")
+    parser.add_argument(
+        "--epochs", type=whole_number(1), default=1, help="epochs of the fine-tuning and the pre-training"
+    )
     args = parser.parse_args(argv)
     from tbps_common.pipeline.models import require_libraries
 

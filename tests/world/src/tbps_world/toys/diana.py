@@ -1,6 +1,6 @@
 """`diana-toy`: the paper's own scripts on synthetic pedestrians with tiny towers, from nothing to numbers and pictures.
 
-Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+Every step is an ordinary command, echoed before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -195,7 +195,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="diana-toy", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", default="toy", metavar="DIR", help="folder of everything that is written")
+    add("--out", default="toy", metavar="DIR", help="folder for everything that is written")
     add("--preset", choices=("tiny", "small", "medium"), default="small", help="size of the world")
     add("--pretrain_steps", type=whole_number(1), metavar="N", help="stop pre-training after N steps")
     add("--finetune_steps", type=whole_number(1), metavar="N", help="stop fine-tuning after N steps")

@@ -1,6 +1,6 @@
 """`dp-toy`: the paper's own commands on synthetic pedestrians with tiny models, from nothing to captions and pictures.
 
-Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+Every step is an ordinary command, echoed before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -247,7 +247,7 @@ def _run(
 def _conclude(out: Path, numbers: Mapping[str, Mapping[str, float]], seconds: float) -> None:
     rows = (out / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
     if not rows:
-        raise InputError(f"{out / 'annotations.jsonl'} is empty: look at the messages of annotate.py above")
+        raise InputError(f"{out / 'annotations.jsonl'} is empty: see the messages of annotate.py above")
     print(f"\n{'on test images':48}{'before':>10}{'after':>10}")
     for name, what in (
         ("denoise_loss", "denoising loss"),
@@ -275,21 +275,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dp-toy", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="toy", help="folder of everything that is written (default: %(default)s)")
+    parser.add_argument("--out", default="toy", help="folder for everything that is written (default: %(default)s)")
     parser.add_argument(
         "--preset", choices=("tiny", "small", "medium"), default="tiny", help="size of the world (default: %(default)s)"
     )
     parser.add_argument(
-        "--updates", type=whole_number(1), default=UPDATES, help="of the training (default: %(default)s)"
+        "--updates", type=whole_number(1), default=UPDATES, help="training updates (default: %(default)s)"
     )
     parser.add_argument(
-        "--resolution", type=int, choices=(64, 128), default=128, help="of all images (default: %(default)s)"
+        "--resolution", type=int, choices=(64, 128), default=128, help="side of all images (default: %(default)s)"
     )
     parser.add_argument(
-        "--vae_updates", type=whole_number(1), default=VAE_UPDATES, help="of the VAE's training (default: %(default)s)"
+        "--vae_updates",
+        type=whole_number(1),
+        default=VAE_UPDATES,
+        help="updates of the VAE's training (default: %(default)s)",
     )
     parser.add_argument(
-        "--inference_steps", type=whole_number(1), default=20, help="of generation (default: %(default)s)"
+        "--inference_steps", type=whole_number(1), default=20, help="steps of generation (default: %(default)s)"
     )
     parser.add_argument("--edits", type=whole_number(1), default=8, help="test images to edit (default: %(default)s)")
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """`fafa-toy`: the paper's own commands on synthetic pedestrians with a tiny model, from nothing to numbers and pictures.
 
-Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+Every step is an ordinary command, echoed before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def _train(out: Path, flags: argparse.Namespace) -> Path:
     _run("src/blip_fine_tune_new.py", "fafa-train", arguments)
     directory = _newest_run(out)
     if directory is None:
-        raise InputError(f"the training left no run directory under {out / 'runs'}: look at its messages above")
+        raise InputError(f"the training left no run directory under {out / 'runs'}: see its messages above")
     return directory
 
 
@@ -183,7 +183,7 @@ def _conclude(out: Path, run: Path, seconds: float) -> None:
         ("ranked_list.png", "what six queries find"),
     ):
         print(f"  {out / name}: {what}")
-    print("\nSearch the gallery with a picture and a sentence of your own:")
+    print("\nSearch the gallery with a picture and your own sentence:")
     index = str(out / "gallery.safetensors")
     run_flags = ["--exp-dir", str(run), "--model-name", MODEL_NAME]
     picture = ITCPR(out / "world" / "ITCPR", verbose=False).query["img_paths"][0]
@@ -196,7 +196,7 @@ def _conclude(out: Path, run: Path, seconds: float) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fafa-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
-    parser.add_argument("--out", default="toy", help="folder of everything that is written")
+    parser.add_argument("--out", default="toy", help="folder for everything that is written")
     parser.add_argument("--ids", type=whole_number(3), help="identities of the world instead of the tuned number")
     parser.add_argument("--epochs", type=whole_number(1), help="epochs instead of the tuned number")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")

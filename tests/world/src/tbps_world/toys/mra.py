@@ -1,6 +1,6 @@
 """`mra-toy`: the paper's own commands on synthetic pedestrians with tiny networks, from nothing to numbers and pictures.
 
-Every step is an ordinary command, echoed before it runs. A second call goes on where the first one was stopped.
+Every step is an ordinary command, echoed before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def chance_of_first_rank(data: Any) -> float:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mra-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
-    parser.add_argument("--out", default="toy", help="folder of everything that is written")
+    parser.add_argument("--out", default="toy", help="folder for everything that is written")
     parser.add_argument("--preset", choices=("tiny", "small", "medium"), default="small", help="size of the world")
     parser.add_argument(
         "--networks",

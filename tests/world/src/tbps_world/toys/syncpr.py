@@ -1,6 +1,6 @@
 """`fafa-syncpr-toy`: every stage by its ordinary command, on this machine, from nothing to a trained FAFA.
 
-Each command is echoed before it runs. A second call goes on where the first one was stopped.
+Each command is echoed before it runs. A second call continues where the first one was stopped.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from tbps_common.run.arguments import HelpFormatter, number, whole_number
 from tbps_world.toys.fafa import COLUMNS, LEARNING_FLAGS, MODEL_NAME, README_FLAGS
 
 DESCRIPTION = """\
-From nothing to a trained FAFA with tiny models, on the CPU:
+From scratch to a trained FAFA with tiny models, on the CPU:
 
   synthetic pedestrians -> a tiny Stable Diffusion and CLIP that learn from them (the former from two different persons
   side by side) -> a LoRA from pairs of one person -> quadruples of a practice chat server on this machine ->
   pictures -> filter -> SynCPR.json -> fafa-train -> fafa-infer on synthetic ITCPR
 
-The pictures are of 64 x 64 pixels, by a model that was trained for minutes, and more blot than person: what the toy shows is
+The pictures are of 64 x 64 pixels, by a model that was trained for minutes, and more blob than person: what the toy shows is
 that every command works and that the files fit together. Results in OUT: metrics.json, stages.json (throughput and drops),
 syncpr/preview.png.
 """
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fafa-syncpr-toy", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, help="folder of everything that is written")
+    parser.add_argument("--out", required=True, help="folder for everything that is written")
     parser.add_argument("--ids", type=whole_number(3), default=400, help="identities of the synthetic world")
     parser.add_argument("--updates", type=whole_number(1), default=800, help="updates of the tiny Stable Diffusion")
     parser.add_argument("--lora-steps", type=whole_number(1), default=150, help="steps of the LoRA")
@@ -51,12 +51,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--variants", type=whole_number(1), default=2, help="pictures per quadruple")
     parser.add_argument("--steps", type=whole_number(1), default=20, help="steps of the sampler")
     parser.add_argument(
-        "--min-image-text", type=number(-1), default=-0.5, help="of the filter; the tiny CLIP has a scale of its own"
+        "--min-image-text",
+        type=number(-1),
+        default=-0.5,
+        help="threshold of the filter; the tiny CLIP has its own scale",
     )
     parser.add_argument(
-        "--min-identity", type=number(-1), default=0.2, help="of the filter; the tiny CLIP has a scale of its own"
+        "--min-identity", type=number(-1), default=0.2, help="threshold of the filter; the tiny CLIP has its own scale"
     )
-    parser.add_argument("--max-pair-similarity", type=number(-1), default=0.995, help="of the filter, likewise")
+    parser.add_argument("--max-pair-similarity", type=number(-1), default=0.995, help="threshold of the filter")
     parser.add_argument("--epochs", type=whole_number(1), default=10, help="epochs of FAFA's training")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     flags = parser.parse_args(argv)
@@ -223,7 +226,7 @@ def _conclude(out: Path, seconds: float) -> None:
     print("\nFAFA trained on the result: " + "  ".join(f"{name} {found[name]:.2f}" for name in COLUMNS))
     print(f"R@1 by chance: {metrics['chance_R1']:.2f}")
     print(
-        f"\n{seconds / 60:.1f} minutes. Look at {out / 'syncpr' / 'preview.png'} and at the pictures in {out / 'syncpr'}."
+        f"\n{seconds / 60:.1f} minutes. See {out / 'syncpr' / 'preview.png'} and at the pictures in {out / 'syncpr'}."
     )
 
 
