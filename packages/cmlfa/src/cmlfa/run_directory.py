@@ -3,12 +3,12 @@
 import argparse
 import logging
 import re
-import time
 from pathlib import Path
 
 from cmlfa.config import CONFIG_NAME, changed_flags, load_train_configs, save_train_configs
 from cmlfa.options import OVERRIDES, Options
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.files import new_run_folder
 from tbps_common.run.logs import RunLog
 
 BEST_NAME = "best"
@@ -16,24 +16,6 @@ LAST_NAME = "last"
 _SHOWN = 5
 
 logger = logging.getLogger("IRRA.train")
-
-
-def create_run_directory(options: Options) -> Path:
-    """Create `<output_dir>/<dataset_name>/<YYYYmmdd_HHMMSS>_<name>` (local time).
-
-    Raises:
-        OSError: the folder cannot be created.
-    """
-    parent = Path(options.output_dir) / options.dataset_name
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        directory = parent / f"{time.strftime('%Y%m%d_%H%M%S')}_{options.name}"
-        try:
-            directory.mkdir()
-        except FileExistsError:  # two runs of one name within a second
-            time.sleep(0.2)
-        else:
-            return directory
 
 
 def resume_checkpoint(options: Options) -> Path:
@@ -93,7 +75,7 @@ def open_run_directory(source: Path | None, options: Options, log: RunLog) -> Pa
                 partial.unlink(missing_ok=True)
         for name, (before, now) in changed_flags(load_train_configs(own / CONFIG_NAME), vars(options)).items():
             logger.warning("--%s was %s when the run began, and is %s now", name, before, now)
-    directory = own or create_run_directory(options)
+    directory = own or new_run_folder(Path(options.output_dir) / options.dataset_name, "%Y%m%d_%H%M%S", options.name)
     options.output_dir = str(directory)
     log.open(directory / "train_log.txt", append=own is not None)
     save_train_configs(directory, options)

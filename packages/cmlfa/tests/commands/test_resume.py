@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ import pytest
 import torch
 
 from cmlfa.cli import train_main
-from tbps_common.run.stop import Interruption
 
 # Without the MLM head a checkpoint has half the size; the masking of --MLM still draws its random numbers.
 EPOCHS = ("--num_epoch", "3", "--batch_size", "6", "--loss_names", "sdm+itc+id")
@@ -115,38 +112,6 @@ def test_stopped_run_goes_on_exactly(
     assert stored["iteration"] > 0
     assert train_main([*flags, "--resume"]) == 0
     assert_same_run(only_run(tmp_path), uninterrupted(num_workers))
-
-
-def test_signals_have_their_usual_effect_outside_the_run() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        assert not interruption.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.requested
-        assert interruption.exit_status == 130
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second signal ends the process
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_second_signal_ends_the_process_at_once() -> None:
-    script = (
-        "import time\nfrom tbps_common.run.stop import Interruption\n"
-        "with Interruption() as interruption:\n"
-        "    print('ready', flush=True)\n"
-        "    while True: time.sleep(0.01)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stderr is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGTERM)
-    child.stderr.readline()
-    assert "stopping after this step" in child.stderr.readline()
-    assert child.poll() is None
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=10) == -signal.SIGTERM
-    child.stdout.close()
-    child.stderr.close()
 
 
 def test_killed_run_goes_on_exactly(

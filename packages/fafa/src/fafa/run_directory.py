@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ import tbps_common
 from fafa.model.settings import MODEL_CONFIG, write_model_config
 from fafa.options import TRANSFORMS, TrainingFlags
 from tbps_common.errors import CheckpointError, InputError
-from tbps_common.files import write_json, write_text
+from tbps_common.files import new_run_folder, write_json, write_text
 
 HYPERPARAMETERS = "training_hyperparameters.json"
 # The authors' file holds exactly these; all flags together are in FLAGS.
@@ -51,7 +50,7 @@ def create_run_directory(args: TrainingFlags, model_config: Mapping[str, Any]) -
     Raises:
         OSError: the folder cannot be created.
     """
-    directory = _new_folder(Path(args.output_dir), args.exp_name)
+    directory = new_run_folder(Path(args.output_dir), _STAMP, args.exp_name)
     record_flags(directory, args)
     write_model_config(model_config, directory)
     if not args.no_code_backup:
@@ -73,18 +72,6 @@ def record_flags(directory: Path, args: TrainingFlags) -> None:
     recorded |= {name: before[name] for name in ("backbone", "resume_path") if name in before}
     write_text(path, json.dumps(recorded, sort_keys=True, indent=4) + "\n")
     write_json(directory / FLAGS, dict(sorted(vars(args).items())))
-
-
-def _new_folder(parent: Path, exp_name: str) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        directory = parent / f"{time.strftime(_STAMP)}_{exp_name}"
-        try:
-            directory.mkdir()
-        except FileExistsError:  # two runs of one name within a second
-            time.sleep(0.2)
-        else:
-            return directory
 
 
 def _back_up_code(directory: Path) -> None:
