@@ -1,6 +1,5 @@
 """Interruption and resume: whatever ends a run, and whenever, going on ends in the same bits."""
 
-import logging
 import multiprocessing
 import os
 import random
@@ -8,8 +7,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,10 @@ import pytest
 import torch
 
 from cmlfa.cli import train_main
+from tbps_world.checks import assert_same, signal_at
 
 # Without the MLM head a checkpoint has half the size; the masking of --MLM still draws its random numbers.
 EPOCHS = ("--num_epoch", "3", "--batch_size", "6", "--loss_names", "sdm+itc+id")
-
-
-def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
-    """Equal to the last bit, through all nesting."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other)):
-            assert_same(left, right, f"{where}[{number}]")
-    else:
-        assert one == other, where
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -48,24 +31,6 @@ def results(run: Path) -> list[str]:
     """The metric rows of the log; a killed run may have logged a row that is then logged again."""
     rows = [line for line in (run / "train_log.txt").read_text(encoding="utf-8").splitlines() if "t2i" in line]
     return rows[-1:]
-
-
-@contextmanager
-def signal_at(text: str, number: int) -> Iterator[None]:
-    """Send a signal to this process as soon as a log line contains `text`."""
-
-    class Sender(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if text in record.getMessage():
-                logger.removeHandler(self)
-                os.kill(os.getpid(), number)
-
-    logger, sender = logging.getLogger("IRRA.train"), Sender()
-    logger.addHandler(sender)
-    try:
-        yield
-    finally:
-        logger.removeHandler(sender)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +71,7 @@ def test_stopped_run_goes_on_exactly(
     uninterrupted: Callable[[str], Path],
 ) -> None:
     flags = train_flags(tmp_path, *EPOCHS, "--num_workers", num_workers)
-    with signal_at(moment, number):
+    with signal_at("IRRA.train", moment, number):
         assert train_main(flags) == status
     stored = torch.load(only_run(tmp_path) / "last.pth", weights_only=True)
     assert stored["iteration"] > 0
