@@ -25,6 +25,7 @@ from tbps_common.errors import InputError
         ("f4", 2, None, None, Plan(4, 2, "0,1")),
         ("f4", 0, None, None, Plan(4, 1, None)),
         ("f4", 0, None, 4, Plan(4, 4, None)),
+        ("f4", 0, None, 6, Plan(6, 4, None)),
         ("f4", 8, None, 6, Plan(6, 6, "0,1,2,3,4,5")),
         ("f4", 1, None, 4, Plan(4, 1, "0")),
         ("f4", 6, "7,6,5,4,3,2", None, Plan(4, 4, "7,6,5,4")),
@@ -40,7 +41,7 @@ from tbps_common.errors import InputError
 def test_processes_fit_the_machine(
     dist: str, gpus: int, visible: str | None, nproc: int | None, expected: Plan
 ) -> None:
-    assert plan_processes(dist, gpu_count=gpus, visible=visible, nproc=nproc) == expected
+    assert plan_processes(dist, gpu_count=gpus, visible=visible, nproc=nproc, processors=4) == expected
 
 
 def test_gpu_that_is_not_there_and_unknown_dist_are_named() -> None:

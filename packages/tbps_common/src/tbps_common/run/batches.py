@@ -7,7 +7,6 @@ would see.
 """
 
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from tbps_common.errors import DatasetError, ImageError, InputError
+from tbps_common.run.command import usable_processors
 from tbps_common.run.distributed import gather_objects
 
 logger = logging.getLogger(__name__)
@@ -239,8 +239,7 @@ def usable_workers(requested: int) -> int:
 
     More of them only get in each other's way; a line in the log says how many there are instead.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    processors = usable_processors()
     if requested > processors:
         logger.info(
             "starting %d processes that load data instead of %d: there are no more processors", processors, requested
