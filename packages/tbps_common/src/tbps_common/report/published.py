@@ -54,7 +54,7 @@ def compare_with_published(
         published metric `published`, `difference` (measured minus published, in percent) and, for recalls, `queries`: the
         difference in whole queries.
     """
-    size = counts["queries"], counts["gallery"]
+    size = counts.get("queries"), counts.get("gallery")
     return [
         {
             "task": row.task,
