@@ -13,7 +13,7 @@ from typing import Any
 
 from cmlfa.model.settings import ADDED, AUTHORS, ModelSettings, flag, image_size, problem_of
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, number, whole_number
+from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, add_require_published_flag, number, whole_number
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
@@ -274,6 +274,7 @@ def test_parser() -> argparse.ArgumentParser:
         help="where to write the results (default: the run directory; for a data set other than the training one, a "
         "folder of that name in the run directory)",
     )
+    add_require_published_flag(parser)
     return parser
 
 

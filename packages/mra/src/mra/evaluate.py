@@ -23,12 +23,14 @@ from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_conf
 from mra.data.datasets import RetrievalTestDataset
 from mra.model.network import Retrieval
 from mra.model.weights import load_official
+from mra.published import PUBLISHED
 from mra.report import SplitEvaluation, write_reports
 from mra.retrieval.metrics import integer_ids, warn_of_missing
 from mra.retrieval.rerank import SIMILARITY_WEIGHT, Matcher, Pairs
 from mra.text.tokens import build_tokenizer, tokenize
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.ranking import evaluate_rows, rerank_rows, score_rows
+from tbps_common.report.published import compare_with_published, published_report
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.progress import progress_bar
@@ -61,7 +63,7 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
         run: this process.
 
     Returns:
-        Exit status: 0, or 130 or 143 after an interruption.
+        Exit status: 0; 1 if the result is not what `--require_published` asks for; 130 or 143 after an interruption.
 
     Raises:
         InputError: data, weights or checkpoint cannot be used.
@@ -84,6 +86,7 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
     if run.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder / CONFIG_NAME, config)
+    status, required = 0, args.require_published
     for name, dataset in splits.items():
         try:
             result = evaluate_split(
@@ -101,12 +104,23 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
             )
         except EvaluationStopped:
             return run.exit_status
+        published = compare_with_published(
+            PUBLISHED,
+            dataset=DATA_SETS[args.task],
+            split=name,
+            metrics={"t2i": result.itm.metrics},
+            counts={"queries": result.queries, "gallery": result.gallery},
+        )
+        text, unmet = published_report(published, required if name == "test" else None)
+        status |= unmet
         if run.is_main:
             print(f"### {name}_result:\n{result.itm.table()}", flush=True)
+            if text:
+                print(text, flush=True)
             if args.report:
                 where = {"name": DATA_SETS[args.task], "split": name, "checkpoint": args.checkpoint}
                 logger.info("wrote %s", ", ".join(map(str, write_reports(folder, result, dataset, **where))))
-    return 0
+    return status
 
 
 def _build_trained(

@@ -11,7 +11,13 @@ from typing import Any
 
 from mra.config import TASKS
 from mra.model.settings import REGION_FEATURES
-from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
+from tbps_common.run.arguments import (
+    HelpFormatter,
+    add_bad_images_flag,
+    add_require_published_flag,
+    number,
+    whole_number,
+)
 
 DISTS = ("f4", "m0", "m1", "gpu0", "gpu1", "gpu2", "gpu3")
 
@@ -180,6 +186,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --evaluate: also write evaluation JSON, CMC curve and ranked pictures",
     )
+    add_require_published_flag(ours)
     ours.add_argument("--amp_eval", action="store_true", help="evaluate under bfloat16 autocast, where there is a GPU")
     ours.add_argument(
         "--region_feat",

@@ -9,3 +9,11 @@ def data_main(argv: list[str]) -> int:
     from tbps_common.datasets.commands import main
 
     return main(argv)
+
+
+@command
+def model_main(argv: list[str]) -> int:
+    """`tbps-model inspect | convert | export`: say what a weight file is, convert it, export its encoders."""
+    from tbps_common.models.commands import main
+
+    return main(argv)

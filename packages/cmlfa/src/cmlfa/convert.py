@@ -1,0 +1,74 @@
+"""CMLFA's models beside weight files: sizes read off their shapes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cmlfa.model.clip import ClipGeometry, build_clip, clip_geometry
+from cmlfa.model.cmlfa import CMLFA
+from cmlfa.model.settings import ModelSettings
+from tbps_common.models.contents import Contents
+from tbps_common.models.layouts import Description, layer_numbers
+
+_PREFIX = "base_model."
+# Sizes that OpenAI's archives store beside the weights, a mask that they compute, and the temperature.
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_scale")
+
+
+def describe_cmlfa(contents: Contents) -> Description:
+    """A checkpoint of CMLFA beside the network of its sizes."""
+    state, source = contents.state, str(contents.path)
+    geometry = clip_geometry(state, source, prefix=_PREFIX)
+    settings = settings_of(state, geometry)
+    persons = len(state["classifier.weight"]) if "classifier.weight" in state else None
+    with torch.device("meta"):
+        model = CMLFA(settings, geometry, persons or 1)
+    sizes = _clip_sizes(geometry, settings) | {
+        "identities": persons if persons is not None else "no classifier",
+        "prototypes": settings.num_prototypes,
+        "layers": f"{settings.lfa_layers} of the shared transformer, {settings.cmt_depth if settings.has_mlm else 0} cross-modal",
+    }
+    return Description(sizes, model.state_dict(), state)
+
+
+def describe_clip(contents: Contents) -> Description:
+    """A CLIP model beside the towers of CMLFA."""
+    state = contents.state
+    geometry = clip_geometry(state, str(contents.path))
+    settings = settings_of({_PREFIX + name: tensor for name, tensor in state.items()}, geometry)
+    with torch.device("meta"):
+        clip = build_clip(geometry, settings.img_size, settings.stride_size)
+    return Description(_clip_sizes(geometry, settings), clip.state_dict(), state, lambda name: name in _NOT_WEIGHTS)
+
+
+def settings_of(state: Mapping[str, Tensor], geometry: ClipGeometry) -> ModelSettings:
+    """The settings that make a network of the shapes of a CMLFA checkpoint.
+
+    What no shape tells keeps its default. How many rows of patches an image has is not told either: they are put into one column.
+    """
+    patches = len(state[f"{_PREFIX}visual.positional_embedding"]) - 1
+    prototypes, fc = state.get("safl.part_tokens"), state.get("mlm_head.fc.weight")
+    losses = ["sdm", *(["id"] if "classifier.weight" in state else []), *(["mlm"] if fc is not None else [])]
+    return ModelSettings(
+        img_size=(patches * geometry.patch_size, geometry.patch_size),
+        stride_size=geometry.patch_size,
+        text_length=geometry.context_length,
+        vocab_size=len(fc) if fc is not None else geometry.vocab_size,
+        loss_names="+".join(losses),
+        cmt_depth=len(layer_numbers(state, "cross_modal_transformer.resblocks.")) or 1,
+        num_prototypes=len(prototypes) if prototypes is not None else 1,
+        lfa_layers=len(layer_numbers(state, "shared_transformer.resblocks.")) or 1,
+        lfa_heads=1,
+    )
+
+
+def _clip_sizes(geometry: ClipGeometry, settings: ModelSettings) -> dict[str, object]:
+    patches = settings.img_size[0] // geometry.patch_size
+    return {
+        "image tower": f"ViT, {geometry.vision_layers} layers, {geometry.vision_width} wide, patch {geometry.patch_size}, "
+        f"{patches} patches",
+        "text tower": f"{geometry.text_layers} layers, {geometry.text_width} wide, {geometry.context_length} tokens, "
+        f"{geometry.vocab_size} words",
+        "joint space": geometry.embed_dim,
+    }
