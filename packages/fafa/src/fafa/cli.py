@@ -73,4 +73,8 @@ def itcpr_main(argv: list[str]) -> int:
 def syncpr_main(argv: list[str]) -> int:
     """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | cost`: make training data of one's own."""
     flags = build_syncpr_parser().parse_args(argv)
+    if getattr(flags, "ray", ""):  # not every stage has shards
+        from tbps_common.pipeline.ray import run_on_ray
+
+        return run_on_ray("fafa.cli:syncpr_main", argv, flags)
     return import_module(f"fafa.syncpr.{flags.stage}").main(flags)

@@ -60,4 +60,13 @@ def search_main(argv: list[str]) -> int:
 def dad_main(argv: list[str]) -> int:
     """`mra-dad`: make a synthetic pre-training set in the style of a target data set."""
     args = build_dad_parser().parse_args(argv)
-    return import_module(f"mra.dad.{args.command}").main(args)
+    stage = import_module(f"mra.dad.{args.command}").main
+    if not getattr(args, "ray", ""):  # not every subcommand has shards
+        return stage(args)
+
+    from tbps_common.pipeline.ray import run_on_ray
+
+    status = run_on_ray("mra.cli:dad_main", argv, args)
+    if status == 0 and args.command == "regions":
+        return stage(build_dad_parser().parse_args([*argv, "--pack"]))
+    return status

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from fafa.syncpr.prompts import IMAGE_TEMPLATE
-from tbps_common.pipeline import Shard, request_fields, shard
+from tbps_common.pipeline import add_shard_flags, request_fields
 from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DESCRIPTION = """\
@@ -123,9 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "cost":
             stage.add_argument("--out", required=True, help="folder that the stage writes to")
         if name in ("quadruples", "images", "filter"):
-            stage.add_argument(
-                "--shard", type=shard, default=Shard(), metavar="i/n", help="every n-th item, from the i-th"
-            )
+            add_shard_flags(stage)
         if name in ("images", "filter", "lora"):
             stage.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
             stage.add_argument("--dtype", choices=_DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")

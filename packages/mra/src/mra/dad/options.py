@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mra.options import device, seed
-from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.pipeline.stages import add_shard_flags
 from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DESCRIPTION = """\
@@ -253,9 +253,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_stage(parser: argparse.ArgumentParser, batch_size: int) -> None:
     group = parser.add_argument_group("how the work is done")
-    group.add_argument(
-        "--shard", type=shard, default=Shard(), metavar="i/n", help="do the i-th of n shares (all n: the whole)"
-    )
+    add_shard_flags(group)
     group.add_argument("--batch_size", type=whole_number(1), default=batch_size, help="pictures at a time")
     _add_machine(parser)
 
