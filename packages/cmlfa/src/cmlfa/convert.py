@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from cmlfa.config import CONFIG_NAME, load_train_configs
+from cmlfa.datasets.transforms import MEAN, STD
 from cmlfa.model.clip import ClipGeometry, build_clip, clip_geometry
 from cmlfa.model.cmlfa import CMLFA
 from cmlfa.model.hub import parts_of
 from cmlfa.model.settings import ModelSettings
+from cmlfa.model.tokenizer import MASK_ID, shared_tokenizer, tokenize
 from cmlfa.options import default_options
 from tbps_common.errors import InputError
 from tbps_common.models.contents import Contents
-from tbps_common.models.hub import HubParts, evaluation_of
+from tbps_common.models.hub import Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _PREFIX = "base_model."
@@ -90,6 +93,41 @@ def to_hub(
 def beside_official(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the authors' files hold beside the weights: nothing."""
     return {}
+
+
+def encoders(folder: Path) -> list[Encoder]:
+    """The two encoders of a model in the layout of the hub, in float32."""
+    model = CMLFA.from_pretrained(folder).float()
+    settings = model.settings
+    caption = tokenize("a person", shared_tokenizer(), settings.text_length)
+    note = ""
+    if settings.lfa_attention == "batch":
+        note = "; trained with --lfa_attention batch: a feature depends on the batch it is computed in"
+
+    def images(batch: int) -> dict[str, Tensor]:
+        return {"images": torch.randn(batch, 3, *settings.img_size)}
+
+    def texts(batch: int) -> dict[str, Tensor]:
+        ids = torch.randint(1, MASK_ID, (batch, settings.text_length))
+        ids[:, [0, -1]] = caption[[0, int(caption.argmax())]]
+        return {"ids": ids}
+
+    return [
+        Encoder(
+            "image",
+            model,
+            lambda model, images: normalize(model.encode_image(images), dim=1),
+            images,
+            f"RGB from 0 to 1, minus mean {MEAN}, divided by deviation {STD}{note}",
+        ),
+        Encoder(
+            "text",
+            model,
+            lambda model, ids: normalize(model.encode_text(ids), dim=1),
+            texts,
+            f"token ids of CMLFA's tokenizer, padded with 0 to {settings.text_length}{note}",
+        ),
+    ]
 
 
 def settings_of(state: Mapping[str, Tensor], geometry: ClipGeometry) -> ModelSettings:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from cmlfa import CMLFA, SimpleTokenizer
+from cmlfa import CMLFA, SimpleTokenizer, tokenize
 from cmlfa.cli import test_main as run_test
 from cmlfa.cli import train_main
 from tbps_common.cli import model_main
+from tbps_common.models.export import open_encoder
 from tbps_common.models.source import find_model
 from tbps_common.report.evaluation import read_evaluation
 
@@ -177,3 +178,31 @@ def test_pushing_uploads_the_whole_folder(hub: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
     assert CMLFA.from_pretrained(hub).push_to_hub("owner/name") == "commit"
     assert sent == {"owner/name": sorted(path.name for path in hub.iterdir())}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_exported_encoders_give_the_features_of_torch(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
+    out = tmp_path / "onnx"
+    assert model_main(["export", str(hub), "--onnx", "--out", str(out), "--int8", "--batch_size", "3"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("encoders.json", "image.int8.onnx", "image.onnx", "text.int8.onnx", "text.onnx"),
+    ]
+    assert "depends on the batch" in (out / "encoders.json").read_text(encoding="utf-8")
+    assert "lowest cosine" in capsys.readouterr().out
+    model = CMLFA.from_pretrained(hub)
+    images = torch.rand(5, 3, 64, 32)
+    texts = ("a man in red", "a woman", "blue shoes, a bag", "x", "y")
+    ids = torch.stack([tokenize(text, SimpleTokenizer(), 20) for text in texts])
+    for name, inputs, encode in (("image", images, model.encode_image), ("text", ids, model.encode_text)):
+        with torch.no_grad():
+            expected = encode(inputs)
+        assert torch.cosine_similarity(open_encoder(out / f"{name}.onnx")(inputs), expected).min() > 0.9999
+        assert torch.cosine_similarity(open_encoder(out / f"{name}.int8.onnx")(inputs), expected).min() > 0.98
+
+
+def test_only_a_hub_folder_is_exported(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert model_main(["export", str(trained_run), "--onnx", "--out", str(tmp_path / "onnx")]) == 2
+    assert "tbps-model convert --to hub" in capsys.readouterr().err and not (tmp_path / "onnx").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fafa.model.fafa import FAFA
+from fafa.model.fafa import FAFA, Blip2FAFACPR
 from fafa.model.hub import parts_of
 from fafa.model.qformer import QFormer
 from fafa.model.settings import MODEL_CONFIG, ModelSettings, QFormerSettings, read_settings
@@ -17,9 +17,10 @@ from fafa.model.tokenizer import build_tokenizer
 from fafa.model.vit import build_vit
 from fafa.model.weights import POSITION_IDS, WORD_EMBEDDINGS, official_state_dict
 from fafa.run_directory import HYPERPARAMETERS, Hyperparameters, read_hyperparameters
+from fafa.transforms import MEAN, STD
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.models.contents import Contents
-from tbps_common.models.hub import HubParts, evaluation_of
+from tbps_common.models.hub import Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _VIT = "visual_encoder."
@@ -121,6 +122,41 @@ def to_hub(
 def beside_official(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the authors' files hold beside the weights: which epoch or step they are of, which nobody knows any more."""
     return {}
+
+
+def encoders(folder: Path) -> list[Encoder]:
+    """The gallery's encoder (image to tokens) and the query's (image and sentence to one vector) of a model of the hub."""
+    model = Blip2FAFACPR.from_pretrained(folder)
+    size, length = model.settings.image_size, model.max_txt_len
+
+    def images(batch: int) -> dict[str, Tensor]:
+        return {"images": torch.randn(batch, 3, size, size)}
+
+    def queries(batch: int) -> dict[str, Tensor]:
+        ends = torch.randint(2, length + 1, (batch, 1))
+        mask = (torch.arange(length) < ends).long()
+        return {**images(batch), "ids": torch.randint(5, len(model.tokenizer), (batch, length)) * mask, "mask": mask}
+
+    def query_feature(model: Any, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return model.query_features(model.vit_states(images), {"input_ids": ids, "attention_mask": mask})
+
+    pixels = f"RGB from 0 to 1, minus mean {MEAN}, divided by deviation {STD}"
+    return [
+        Encoder(
+            "image",
+            model,
+            lambda model, images: model.target_features(model.vit_states(images)),
+            images,
+            f"{pixels}; similarity is the mean of the {model.fda_k} largest cosines with the tokens",
+        ),
+        Encoder(
+            "query",
+            model,
+            query_feature,
+            queries,
+            f"{pixels}; token ids of BERT's tokenizer (vocab.txt) for the cleaned sentence, padded to {length}, and their mask",
+        ),
+    ]
 
 
 def settings_of(state: Mapping[str, Tensor], source: str) -> ModelSettings:

@@ -13,6 +13,7 @@ from fafa.checkpoint import official_state_dict
 from fafa.cli import infer_main, train_main
 from fafa.model import Blip2FAFACPR
 from tbps_common.cli import model_main
+from tbps_common.models.export import open_encoder
 from tbps_common.report.evaluation import read_evaluation
 from tbps_world.tiny.fafa import TINY_MODEL
 
@@ -113,3 +114,23 @@ def test_a_bare_file_needs_its_model_and_vocabulary(
         assert model_main([*command, *more]) == 2
         assert named in capsys.readouterr().err and not (tmp_path / "hub").exists()
     assert model_main([*command, "--config", str(yaml), "--tokenizer", str(toy)]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_exported_encoders_give_the_features_of_torch(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
+    assert model_main(["export", str(hub), "--onnx", "--out", str(tmp_path / "onnx"), "--batch_size", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "image.onnx" in shown and "query.onnx" in shown
+    model, run = Blip2FAFACPR.from_pretrained(hub), open_encoder(tmp_path / "onnx" / "query.onnx")
+    images, captions = torch.rand(4, 3, 28, 28), ["a red coat", "blue", "the man now with a black bag", "white"]
+    with torch.no_grad():
+        expected = model.extract_features({"image": images, "text_input": captions}).multimodal_embeds
+    tokens = model.tokenize(captions)
+    found = run(images, tokens["input_ids"], tokens["attention_mask"])
+    assert (
+        expected is not None and (expected - expected.roll(1, 0)).abs().max() > 1e-3
+    )  # nearly untrained, but not constant
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

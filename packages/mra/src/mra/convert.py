@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from mra.config import load_config
+from mra.data.transforms import MEAN, STD
 from mra.model.bert import TextEncoder
 from mra.model.hub import parts_of
 from mra.model.network import Retrieval
@@ -18,7 +20,7 @@ from mra.model.swin import VisionEncoder
 from mra.model.weights import CONSTANTS, is_new_in_bert, start_names_of_bert
 from tbps_common.errors import InputError
 from tbps_common.models.contents import Contents
-from tbps_common.models.hub import HubParts, evaluation_of
+from tbps_common.models.hub import Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _TABLE = "relative_position_bias_table"
@@ -99,6 +101,37 @@ def to_hub(
 def beside_official(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds beside the weights: the configuration."""
     return {"config": dict(config)}
+
+
+def encoders(folder: Path) -> list[Encoder]:
+    """The two encoders of a model in the layout of the hub; the fusion encoder, which judges pairs, is not among them."""
+    model = Retrieval.from_pretrained(folder)
+    settings, length = model.settings, model.settings.max_tokens
+
+    def images(batch: int) -> dict[str, Tensor]:
+        return {"images": torch.randn(batch, 3, settings.vision.height, settings.vision.width)}
+
+    def texts(batch: int) -> dict[str, Tensor]:
+        ends = torch.randint(3, length + 1, (batch, 1))
+        mask = (torch.arange(length) < ends).long()
+        return {"ids": torch.randint(1, settings.text.vocab_size, (batch, length)) * mask, "mask": mask}
+
+    return [
+        Encoder(
+            "image",
+            model,
+            lambda model, images: normalize(model.get_image_feat(model.get_vision_embeds(images)[0]), dim=-1),
+            images,
+            f"RGB from 0 to 1, minus mean {MEAN}, divided by deviation {STD}",
+        ),
+        Encoder(
+            "text",
+            model,
+            lambda model, ids, mask: normalize(model.get_text_feat(model.get_text_embeds(ids, mask)), dim=-1),
+            texts,
+            f"token ids of BERT's tokenizer (vocab.txt), padded to {length}, and their mask; the padding is part of the feature",
+        ),
+    ]
 
 
 def network_of(contents: Contents) -> tuple[Retrieval, bool]:

@@ -9,7 +9,10 @@ import torch
 
 from mra import Retrieval
 from mra.cli import index_main, retrieval_main, search_main
+from mra.retrieval import encode_images, encode_texts
+from mra.text import build_tokenizer, tokenize
 from tbps_common.cli import model_main
+from tbps_common.models.export import open_encoder
 from tbps_common.report.evaluation import read_evaluation
 
 
@@ -96,3 +99,21 @@ def test_a_bare_file_needs_its_configuration(
         assert model_main([*command, *more]) == 2
         assert named in capsys.readouterr().err and not (tmp_path / "hub").exists()
     assert model_main([*command, "--config", "configs/cuhk.yaml"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_exported_encoders_give_the_features_of_torch(hub: Path, tmp_path: Path) -> None:
+    """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
+    assert model_main(["export", str(hub), "--onnx", "--out", str(tmp_path / "onnx"), "--batch_size", "3"]) == 0
+    model = Retrieval.from_pretrained(hub)
+    images = torch.rand(5, 3, 96, 96)
+    ids, mask = tokenize(
+        build_tokenizer(hub), ["a man in red", "a woman", "blue shoes, a bag", "x", "y"], model.settings.max_tokens
+    )
+    for name, inputs, expected in (
+        ("image", (images,), encode_images(model, images)[1]),
+        ("text", (ids, mask), encode_texts(model, ids, mask)[1]),
+    ):
+        found = open_encoder(tmp_path / "onnx" / f"{name}.onnx")(*inputs)
+        assert (expected - expected.roll(1, 0)).abs().max() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -299,7 +299,7 @@ def _transformer(width: int, layers: int, heads: int) -> Transformer:
 
 def _end_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """The token of each text at its end mark, which has the largest id: `[B, L, D]` to `[B, D]`."""
-    return tokens[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+    return tokens[torch.arange(ids.shape[0], device=ids.device), ids.argmax(dim=1)]
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ A folder holds `config.json`, `model.safetensors` with the names of the authors'
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -97,6 +97,25 @@ class HubParts:
     tokenizer: Mapping[str, str]
     card: Card
     evaluation: Path | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A part of a model that gives features, for the export.
+
+    Attributes:
+        name: of the file.
+        model: float32, on the CPU, in evaluation mode.
+        call: the model and its inputs to unit-norm features.
+        inputs: size of a batch -> random inputs by name, of the form the model is used with.
+        note: what a user has to know.
+    """
+
+    name: str
+    model: nn.Module
+    call: Callable[..., Tensor]
+    inputs: Callable[[int], dict[str, Tensor]]
+    note: str
 
 
 class HubModel(PyTorchModelHubMixin):
