@@ -131,6 +131,6 @@ def test_exported_encoders_give_the_features_of_torch(
     tokens = model.tokenize(captions)
     found = run(images, tokens["input_ids"], tokens["attention_mask"])
     assert (
-        expected is not None and (expected - expected.roll(1, 0)).abs().max() > 1e-3
+        expected is not None and (expected - expected.roll(1, 0)).abs().max() > 5e-4
     )  # nearly untrained, but not constant
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
