@@ -192,6 +192,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     try:
         with atomic_path(path) as temporary:
             save_file(kept, temporary, metadata={"format": "pt", **twins})
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be written as safetensors: {error}") from error
 
