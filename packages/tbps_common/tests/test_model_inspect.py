@@ -117,10 +117,17 @@ def test_an_unknown_file_gives_its_shapes_and_the_nearest_layout(
     by_torch(tmp_path / "file.pt")
     assert model_main(["inspect", str(tmp_path / "file.pt"), "--names", "--json", str(tmp_path / "out.json")]) == 1
     shown = capsys.readouterr().out
-    assert "layout:      unknown; nearest is" in shown and "  a.weight [3, 2] float16" in shown
+    assert "layout:      unknown, and near to none" in shown and "  a.weight [3, 2] float16" in shown
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["layout"] is None and found["parameters"] == 10 and found["beside"]["args"] == "<argparse.Namespace>"
     assert len(found["sha256"]["file.pt"]) == 64
+
+
+def test_a_model_inside_another_is_near_to_its_own_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight")
+    torch.save({f"student.{name}": torch.zeros(2) for name in names}, tmp_path / "file.pt")
+    assert model_main(["inspect", str(tmp_path / "file.pt")]) == 1
+    assert "unknown; nearest is BERT" in capsys.readouterr().out
 
 
 def truncated(path: Path) -> None:

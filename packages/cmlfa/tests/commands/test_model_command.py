@@ -18,6 +18,7 @@ from tbps_common.cli import model_main
 from tbps_common.models.export import open_encoder
 from tbps_common.models.source import find_model
 from tbps_common.report.evaluation import read_evaluation
+from tbps_common.run.checkpoint import load_checkpoint_file
 
 
 def test_a_trained_run_and_its_start_file_are_recognised(
@@ -214,3 +215,21 @@ def test_exported_encoders_give_the_features_of_torch(
 def test_only_a_hub_folder_is_exported(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert model_main(["export", str(trained_run), "--onnx", "--out", str(tmp_path / "onnx")]) == 2
     assert "tbps-model convert --to hub" in capsys.readouterr().err and not (tmp_path / "onnx").exists()
+
+
+def test_a_name_on_the_hub_is_its_download(
+    hub: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's own client finds the files in its cache; it is offline in these tests."""
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--owner--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(hub, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    before = load_checkpoint_file(hub)["model"]
+    assert same_bits(CMLFA.from_pretrained("owner/name", cache_dir=cache).state_dict(), before)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    flags = ["--root_dir", str(world), "--device", "cpu", "--num_workers", "0", "--report_dir", str(tmp_path / "out")]
+    assert run_test(["--checkpoint", "owner/name", *flags]) == 0
+    assert run_test(["--checkpoint", "owner/other", *flags]) == 2
+    assert "--checkpoint owner/other is neither a folder nor could it be fetched" in capsys.readouterr().err

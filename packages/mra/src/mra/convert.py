@@ -99,8 +99,9 @@ def to_hub(
 
 
 def beside_official(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the weights: the configuration."""
-    return {"config": dict(config)}
+    """What a checkpoint holds beside the weights: the configuration, with the vocabulary where the released ones have it."""
+    stored = {name: value for name, value in config.items() if name != "model_type"}
+    return {"config": {**stored, "text_encoder": "data/bert-base-uncased"}}
 
 
 def encoders(folder: Path) -> list[Encoder]:

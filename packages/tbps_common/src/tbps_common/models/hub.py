@@ -21,6 +21,7 @@ from tbps_common.report.evaluation import read_evaluation
 from tbps_common.run.checkpoint import load_checkpoint_file
 
 CARD_NAME = "README.md"
+_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 _CARD = """\
 ---
 {{ card_data }}
@@ -139,7 +140,8 @@ class HubModel(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
-        folder = Path(model_id) if os.path.isdir(model_id) else fetch(model_id, HUB_FILES, model_id)
+        asked = {name: options[name] for name in _DOWNLOAD if options.get(name) is not None}
+        folder = Path(model_id) if os.path.isdir(model_id) else fetch(model_id, HUB_FILES, model_id, **asked)
         content = load_checkpoint_file(folder)
         model = cls.from_hub(folder, content["config"], content["model"])
         assert isinstance(model, nn.Module)

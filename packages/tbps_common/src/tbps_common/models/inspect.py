@@ -57,7 +57,7 @@ def inspect(contents: Contents) -> dict[str, Any]:
         "form": contents.form,
         "paper": paper.name if known else None,
         "layout": layout.name if known else None,
-        "nearest": None if known else {"paper": paper.name, "layout": layout.name, "share": share},
+        "nearest": None if known or not share else {"paper": paper.name, "layout": layout.name, "share": share},
         "tensors": len(sizes),
         "parameters": sum(sizes),
         "bytes": sum(file.stat().st_size for file in contents.files),
@@ -123,8 +123,10 @@ def _checksum(file: Path) -> str:
 
 def _as_text(found: Mapping[str, Any]) -> str:
     lines = [f"{found['file']}: {found['form']}, {found['bytes']:,} bytes"]
-    if found["layout"] is None:
-        nearest = found["nearest"]
+    nearest = found["nearest"]
+    if found["layout"] is None and nearest is None:
+        lines.append("layout:      unknown, and near to none that is known")
+    elif nearest is not None:
         lines.append(
             f"layout:      unknown; nearest is {nearest['layout']} ({nearest['paper']}), of whose characteristic tensors "
             f"{nearest['share']:.0%} are there"

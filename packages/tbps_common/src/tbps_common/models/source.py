@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tbps_common.errors import CheckpointError
 
@@ -49,13 +50,14 @@ def _is_repository(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not _FILE.search(name) and not os.path.isdir(owner)
 
 
-def fetch(name: str, patterns: Sequence[str], named: str) -> Path:
+def fetch(name: str, patterns: Sequence[str], named: str, **options: Any) -> Path:
     """The folder of a repository of the hub, downloaded unless it is in the cache.
 
     Args:
         name: `owner/name`.
         patterns: of the files wanted.
         named: how the message calls it.
+        **options: of `huggingface_hub.snapshot_download` (`revision`, `cache_dir`, ...).
 
     Raises:
         CheckpointError: it cannot be fetched.
@@ -63,7 +65,7 @@ def fetch(name: str, patterns: Sequence[str], named: str) -> Path:
     from huggingface_hub import snapshot_download  # takes half a second, and few commands fetch anything
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
     except Exception as error:  # offline, gated, absent, no network: the hub client has an exception for each
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
