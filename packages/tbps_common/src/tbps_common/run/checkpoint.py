@@ -302,7 +302,9 @@ def find_state_dict(obj: Any, *, source: str = "the checkpoint") -> tuple[dict[s
     """
     rest: dict[str, Any] = {}
     entries = obj
-    while isinstance(entries, Mapping):
+    opened: set[int] = set()
+    while isinstance(entries, Mapping) and id(entries) not in opened:  # a pickled mapping can hold itself
+        opened.add(id(entries))
         inner = next((key for key in _CONTAINER_KEYS if isinstance(entries.get(key), Mapping)), None)
         if inner is None:
             break
