@@ -111,16 +111,36 @@ def test_folders_of_the_hub_shards_and_pipelines_are_read(tmp_path: Path) -> Non
         read_contents(sharded)
 
 
+def test_sizes_that_belong_to_no_model_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight")
+    layer = ("attention.self.query.weight", "output.dense.weight")
+    names = (*(f"bert.{name}" for name in names), *(f"bert.encoder.layer.0.{name}" for name in layer))
+    torch.save(
+        {**{name: torch.zeros(2) for name in names}, "a\x1b[31m": torch.zeros(1), "nan": float("nan")},
+        tmp_path / "f.pt",
+    )
+    assert model_main(["inspect", str(tmp_path / "f.pt"), "--names", "--json", str(tmp_path / "out.json")]) == 1
+    shown = capsys.readouterr().out
+    assert "layout:      BERT" in shown and "compared:    no: " in shown and "\x1b" not in shown
+
+
 def test_an_unknown_file_gives_its_shapes_and_the_nearest_layout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_torch(tmp_path / "file.pt")
     assert model_main(["inspect", str(tmp_path / "file.pt"), "--names", "--json", str(tmp_path / "out.json")]) == 1
     shown = capsys.readouterr().out
-    assert "layout:      unknown; nearest is" in shown and "  a.weight [3, 2] float16" in shown
+    assert "layout:      unknown, and near to none" in shown and "  a.weight [3, 2] float16" in shown
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["layout"] is None and found["parameters"] == 10 and found["beside"]["args"] == "<argparse.Namespace>"
     assert len(found["sha256"]["file.pt"]) == 64
+
+
+def test_a_model_inside_another_is_near_to_its_own_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight")
+    torch.save({f"student.{name}": torch.zeros(2) for name in names}, tmp_path / "file.pt")
+    assert model_main(["inspect", str(tmp_path / "file.pt")]) == 1
+    assert "unknown; nearest is BERT" in capsys.readouterr().out
 
 
 def truncated(path: Path) -> None:
@@ -145,6 +165,21 @@ def huge_tensor(path: Path) -> None:
         archive.writestr("a/data.pkl", buffer.getvalue())
 
 
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({"model": [0] * 1000}))
+
+
+def in_itself(path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 1}
+    content["model"] = content
+    torch.save(content, path)
+
+
+def endless_text(path: Path) -> None:
+    path.write_bytes(b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b"abc.")
+
+
 def other_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -158,6 +193,9 @@ def other_zip(path: Path) -> None:
         wrong_stack,
         huge_tensor,
         other_zip,
+        compressed,
+        in_itself,
+        endless_text,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("hello", encoding="utf-8"),
         lambda path: path.mkdir(),

@@ -325,7 +325,11 @@ def _parser_of_a_run(name: str | None, description: str, *overrides: str) -> arg
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config_file", help="the configs.yaml of a run directory, written by train.py")
-    parser.add_argument("--checkpoint", help="weights to use (default: best.pth of the run directory)")
+    parser.add_argument(
+        "--checkpoint",
+        help="weights to use (default: best.pth of the run directory); a folder in the layout of the hub, or its name there, needs "
+        "no --config_file",
+    )
     _add(parser, "trust_checkpoint")
     for override in ("device", "precision", *overrides):
         _add(parser, override, help=f"{OVERRIDES[override]} (default: as trained)")

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from cmlfa.datasets import ImageDataset, build_transforms, tokenize
-from cmlfa.datasets.tokenizer import shared_tokenizer
+from cmlfa.model.tokenizer import shared_tokenizer
 from cmlfa.options import Options
 from cmlfa.trained import TrainedModel, open_trained
 from tbps_common.report.pictures import Hit, RankedQuery, ranked_list

@@ -1,24 +1,31 @@
-"""FAFA's models beside weight files: sizes read off their shapes."""
+"""FAFA's models beside weight files: sizes read off their shapes; and the layout of the hub for a checkpoint."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fafa.model.fafa import FAFA
+from fafa.model.fafa import FAFA, Blip2FAFACPR
+from fafa.model.hub import parts_of
 from fafa.model.qformer import QFormer
-from fafa.model.settings import ModelSettings, QFormerSettings
+from fafa.model.settings import MODEL_CONFIG, ModelSettings, QFormerSettings, read_settings
+from fafa.model.tokenizer import build_tokenizer
 from fafa.model.vit import build_vit
 from fafa.model.weights import POSITION_IDS, WORD_EMBEDDINGS, official_state_dict
-from tbps_common.errors import CheckpointError
+from fafa.run_directory import HYPERPARAMETERS, Hyperparameters, read_hyperparameters
+from fafa.transforms import MEAN, STD
+from tbps_common.errors import CheckpointError, InputError
 from tbps_common.models.contents import Contents
+from tbps_common.models.hub import Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _VIT = "visual_encoder."
 _LAYER = "Qformer.bert.encoder.layer."
+_SHAPED = ("vit_model", "vit_width", "vit_depth", "patch_size", "image_size", "embed_dim", "use_mlm")
 # What LAVIS's files of a bare ViT hold beside the weights that BLIP-2 uses: the last block, and heads.
 _BEYOND_THE_VIT = ("norm.", "fc_norm.", "head.", "ln_post.", "proj", "lm_head.", "mask_token")
 
@@ -67,6 +74,89 @@ def describe_vit(contents: Contents) -> Description:
         return stem.startswith(_BEYOND_THE_VIT) or (last is not None and int(last[1]) >= blocks)
 
     return Description({"image tower": _vit_sizes(whole)}, expected, given, optional)
+
+
+def to_hub(
+    state: Mapping[str, Tensor], beside: Mapping[str, Any], source: Path, config: str | None, tokenizer: str | None
+) -> HubParts:
+    """A checkpoint in the layout of the hub.
+
+    Args:
+        state: its weights.
+        beside: what else it holds.
+        source: its place; in a run's folder, the files of the run are used.
+        config: YAML file of the model, or a built-in backbone; by default what the run's folder says.
+        tokenizer: folder with `vocab.txt`; by default the one that the model's file names.
+
+    Raises:
+        InputError: model file or vocabulary are missing, or belong to another model.
+    """
+    run = source.parent.parent
+    recorded = run / HYPERPARAMETERS
+    values = read_hyperparameters(recorded) if recorded.is_file() else Hyperparameters()
+    own = run / MODEL_CONFIG
+    backbone = config or (str(own) if own.is_file() else values.backbone if recorded.is_file() else None)
+    if backbone is None:
+        raise InputError(f"{source} is not in a run's folder: name its model with --config (pretrain, or a YAML file)")
+    settings = read_settings(backbone, num_query_token=state["query_tokens"].shape[1])
+    shaped = settings_of(state, str(source))
+    differing = [name for name in _SHAPED if getattr(settings, name) != getattr(shaped, name)]
+    if differing:
+        raise InputError(
+            f"{source} has another {differing[0]} than the model {backbone}: name the right one with --config"
+        )
+    if tokenizer or Path(settings.tokenizer).exists():
+        words = build_tokenizer(tokenizer or settings.tokenizer).get_vocab()
+    else:
+        raise InputError(
+            f"the vocabulary {settings.tokenizer} of {backbone} is not here: name a folder with --tokenizer"
+        )
+    if len(words) != len(state[WORD_EMBEDDINGS]):
+        raise InputError(
+            f"{source} has {len(state[WORD_EMBEDDINGS])} words and the vocabulary {len(words)}: name the right one with --tokenizer"
+        )
+    chosen = {name: value for name, value in asdict(values).items() if name not in ("backbone", "itcpr_root")}
+    return replace(parts_of(state, settings, chosen, words), evaluation=evaluation_of(source, run))
+
+
+def beside_official(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the authors' files hold beside the weights: which epoch or step they are of, which nobody knows any more."""
+    return {}
+
+
+def encoders(folder: Path) -> list[Encoder]:
+    """The gallery's encoder (image to tokens) and the query's (image and sentence to one vector) of a model of the hub."""
+    model = Blip2FAFACPR.from_pretrained(folder)
+    size, length = model.settings.image_size, model.max_txt_len
+
+    def images(batch: int) -> dict[str, Tensor]:
+        return {"images": torch.randn(batch, 3, size, size)}
+
+    def queries(batch: int) -> dict[str, Tensor]:
+        ends = torch.randint(2, length + 1, (batch, 1))
+        mask = (torch.arange(length) < ends).long()
+        return {**images(batch), "ids": torch.randint(5, len(model.tokenizer), (batch, length)) * mask, "mask": mask}
+
+    def query_feature(model: Any, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return model.query_features(model.vit_states(images), {"input_ids": ids, "attention_mask": mask})
+
+    pixels = f"RGB from 0 to 1, minus mean {MEAN}, divided by deviation {STD}"
+    return [
+        Encoder(
+            "image",
+            model,
+            lambda model, images: model.target_features(model.vit_states(images)),
+            images,
+            f"{pixels}; similarity is the mean of the {model.fda_k} largest cosines with the tokens",
+        ),
+        Encoder(
+            "query",
+            model,
+            query_feature,
+            queries,
+            f"{pixels}; token ids of BERT's tokenizer (vocab.txt) for the cleaned sentence, padded to {length}, and their mask",
+        ),
+    ]
 
 
 def settings_of(state: Mapping[str, Tensor], source: str) -> ModelSettings:

@@ -13,6 +13,7 @@ from fafa.options import TrainingFlags
 from tbps_common.datasets import ITCPR, SynCPRRecord, load_syncpr
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist, missing_images, read_image
+from tbps_common.models.source import is_model
 
 logger = logging.getLogger("fafa.inputs")
 
@@ -64,7 +65,7 @@ def read_inputs(args: TrainingFlags, resumed: Path | None = None) -> TrainingInp
             f"--fda-k {args.fda_k} is larger than the {config['num_query_token']} query tokens of the model: lower "
             "--fda-k, or raise --num-query-token"
         )
-    if args.resume_path and "://" not in args.resume_path and not os.path.isfile(args.resume_path):
+    if args.resume_path and "://" not in args.resume_path and not is_model(args.resume_path):
         raise CheckpointError(f"--resume-path {args.resume_path} is not a file: name an existing checkpoint")
     itcpr = check_itcpr(args.itcpr_root)
     return TrainingInputs(_read_syncpr(args), itcpr, config)

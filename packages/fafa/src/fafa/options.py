@@ -370,7 +370,11 @@ def search_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that name a trained model."""
-    parser.add_argument("--exp-dir", required=True, help="run directory, with training_hyperparameters.json")
+    parser.add_argument(
+        "--exp-dir",
+        required=True,
+        help="run directory, with training_hyperparameters.json; or a folder in the layout of the hub, or its name there",
+    )
     parser.add_argument("--model-name", default="tuned_recall_at1_step.pt", help="file of its saved_models/")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; without a GPU the CPU is used")
     parser.add_argument(

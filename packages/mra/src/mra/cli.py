@@ -1,9 +1,11 @@
 """Console commands of mra. Heavy libraries are imported when a command starts to work, not to print its help."""
 
+import argparse
 from importlib import import_module
 
 from mra.dad.options import build_parser as build_dad_parser
 from mra.options import build_index_parser, build_retrieval_parser, build_run_parser, build_search_parser
+from tbps_common.models.source import find_model, is_hub_folder
 from tbps_common.run.command import command
 
 
@@ -11,6 +13,7 @@ from tbps_common.run.command import command
 def run_main(argv: list[str]) -> int:
     """`run.py`, `mra-run`: pre-train, fine-tune or evaluate, in as many processes as there are GPUs."""
     args = build_run_parser().parse_args(argv)
+    args.checkpoint = find_model(args.checkpoint, "--checkpoint")
     from mra.launch import launch
 
     return launch(args)
@@ -20,6 +23,7 @@ def run_main(argv: list[str]) -> int:
 def retrieval_main(argv: list[str]) -> int:
     """`Retrieval.py`, `mra-retrieval`: one process of a run."""
     args = build_retrieval_parser().parse_args(argv)
+    args.checkpoint = find_model(args.checkpoint, "--checkpoint")
     from mra.config import load_config
     from mra.launch import LaunchFolder
     from mra.preflight import check_run
@@ -35,10 +39,7 @@ def retrieval_main(argv: list[str]) -> int:
 @command
 def index_main(argv: list[str]) -> int:
     """`mra-index`: compute the features of a folder of images once."""
-    args = build_index_parser().parse_args(argv)
-    from mra.preflight import require_file
-
-    require_file(args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights of a trained model")
+    args = _with_checkpoint(build_index_parser().parse_args(argv))
     from mra.search import index
 
     return index(args)
@@ -47,10 +48,7 @@ def index_main(argv: list[str]) -> int:
 @command
 def search_main(argv: list[str]) -> int:
     """`mra-search`: find the images of an index that fit a sentence."""
-    args = build_search_parser().parse_args(argv)
-    from mra.preflight import require_file
-
-    require_file(args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights of a trained model")
+    args = _with_checkpoint(build_search_parser().parse_args(argv))
     from mra.search import search
 
     return search(args)
@@ -70,3 +68,14 @@ def dad_main(argv: list[str]) -> int:
     if status == 0 and args.command == "regions":
         return stage(build_dad_parser().parse_args([*argv, "--pack"]))
     return status
+
+
+def _with_checkpoint(args: argparse.Namespace) -> argparse.Namespace:
+    """Find the weights of a trained model; a folder in the layout of the hub brings its vocabulary, too."""
+    from mra.preflight import require_file
+
+    args.checkpoint = find_model(args.checkpoint, "--checkpoint")
+    require_file(args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights of a trained model")
+    if is_hub_folder(args.checkpoint):
+        args.text_encoder = args.text_encoder or args.checkpoint
+    return args

@@ -1,19 +1,26 @@
-"""MRA's models beside weight files: sizes read off their shapes, or from the configuration that a checkpoint holds."""
+"""MRA's models beside weight files: sizes read off their shapes, or from the configuration that a checkpoint holds; and the hub."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from mra.config import load_config
+from mra.data.transforms import MEAN, STD
 from mra.model.bert import TextEncoder
+from mra.model.hub import parts_of
 from mra.model.network import Retrieval
 from mra.model.settings import LINEAR_HEAD_WIDTH, TextSettings, VisionSettings
 from mra.model.swin import VisionEncoder
 from mra.model.weights import CONSTANTS, is_new_in_bert, start_names_of_bert
 from tbps_common.errors import InputError
 from tbps_common.models.contents import Contents
+from tbps_common.models.hub import Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _TABLE = "relative_position_bias_table"
@@ -61,6 +68,73 @@ def describe_bert(contents: Contents) -> Description:
     return Description(sizes, encoder.state_dict(), found, is_new_in_bert)
 
 
+def to_hub(
+    state: Mapping[str, Tensor], beside: Mapping[str, Any], source: Path, config: str | None, tokenizer: str | None
+) -> HubParts:
+    """A checkpoint in the layout of the hub.
+
+    Args:
+        state: its weights.
+        beside: what else it holds.
+        source: its place.
+        config: YAML file of its training; by default the configuration in the checkpoint.
+        tokenizer: folder with `vocab.txt`; by default the `text_encoder` of the configuration.
+
+    Raises:
+        InputError: there is no configuration or no vocabulary, or they belong to another model.
+    """
+    settings = load_config(config) if config else beside.get("config")
+    if not isinstance(settings, Mapping):
+        raise InputError(
+            f"{source} holds no configuration: name the one of its training with --config configs/cuhk.yaml"
+        )
+    known = network_of(Contents(source, (source,), "", dict(state), {}, dict(settings)))[1]
+    if not known:
+        raise InputError(
+            f"the configuration {config or 'in ' + str(source)} belongs to a network of another size: name the right one with "
+            "--config"
+        )
+    parts = parts_of(state, settings, tokenizer or str(settings.get("text_encoder", "")))
+    return replace(parts, evaluation=evaluation_of(source, source.parent))
+
+
+def beside_official(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside the weights: the configuration, with the vocabulary where the released ones have it."""
+    stored = {name: value for name, value in config.items() if name != "model_type"}
+    return {"config": {**stored, "text_encoder": "data/bert-base-uncased"}}
+
+
+def encoders(folder: Path) -> list[Encoder]:
+    """The two encoders of a model in the layout of the hub; the fusion encoder, which judges pairs, is not among them."""
+    model = Retrieval.from_pretrained(folder)
+    settings, length = model.settings, model.settings.max_tokens
+
+    def images(batch: int) -> dict[str, Tensor]:
+        return {"images": torch.randn(batch, 3, settings.vision.height, settings.vision.width)}
+
+    def texts(batch: int) -> dict[str, Tensor]:
+        ends = torch.randint(3, length + 1, (batch, 1))
+        mask = (torch.arange(length) < ends).long()
+        return {"ids": torch.randint(1, settings.text.vocab_size, (batch, length)) * mask, "mask": mask}
+
+    return [
+        Encoder(
+            "image",
+            model,
+            lambda model, images: normalize(model.get_image_feat(model.get_vision_embeds(images)[0]), dim=-1),
+            images,
+            f"RGB from 0 to 1, minus mean {MEAN}, divided by deviation {STD}",
+        ),
+        Encoder(
+            "text",
+            model,
+            lambda model, ids, mask: normalize(model.get_text_feat(model.get_text_embeds(ids, mask)), dim=-1),
+            texts,
+            f"token ids of BERT's tokenizer (vocab.txt), padded to {length}, and their mask; the padding is part of the feature",
+        ),
+    ]
+
+
 def network_of(contents: Contents) -> tuple[Retrieval, bool]:
     """The network of a checkpoint, without weights, and whether its configuration is stored (else it is read off the shapes)."""
     state = contents.state
@@ -71,9 +145,9 @@ def network_of(contents: Contents) -> tuple[Retrieval, bool]:
                     model = Retrieval(stored, init_backbones=False)
             except (InputError, OSError):
                 continue
-            own = model.state_dict()
+            own, given = _weights(model), _without_constants(state)
             # Paths in a configuration may lead to other files than they did at the time.
-            if all(name not in state or state[name].shape == own[name].shape for name in own):
+            if own.keys() == given.keys() and all(given[name].shape == own[name].shape for name in own):
                 return model, True
     text = _text_form(state, "text_encoder.")
     linear = "vision_proj.weight" in state

@@ -13,6 +13,7 @@ from mra.text.wordnet import require_wordnet, synonyms_of
 from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist
+from tbps_common.models.source import is_model
 
 STATE_NAME = "last.pth"
 
@@ -91,9 +92,9 @@ def require_file(path: str, what: str, remedy: str) -> None:
     """Refuse weights that are not there.
 
     Raises:
-        CheckpointError: `path` is not a file.
+        CheckpointError: `path` is neither a file nor a folder in the layout of the hub.
     """
-    if not path or not Path(path).is_file():
+    if not path or not is_model(path):
         raise CheckpointError(f"{what} is not a file: {remedy}")
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from mra.losses import contrastive_loss, draw_negatives, matching_loss, negative_weights
 from mra.model.bert import KeysValues, TextEncoder, image_mask, longest_texts, text_mask
 from mra.model.heads import matching_head, projection, thirds, thirds_inside
+from mra.model.hub import parts_of
 from mra.model.settings import ModelSettings
 from mra.model.swin import VisionEncoder
 from mra.model.weights import load_bert, load_official, load_swin
+from tbps_common.models.hub import HubModel, HubParts
 from tbps_common.run.checkpoint import load_checkpoint_file
 from tbps_common.run.distributed import gather_rows
 
@@ -34,7 +37,7 @@ _TIED_WEIGHT = "text_encoder.cls.predictions.decoder.weight"
 Negatives = tuple[Tensor, Tensor]
 
 
-class Retrieval(nn.Module):
+class Retrieval(nn.Module, HubModel):
     """The network of MRA. Attribute names, and so the state dict, are those of the released checkpoints.
 
     The image encoder gives tokens, the text encoder token embeddings; projections of both are compared directly (ITC),
@@ -47,7 +50,8 @@ class Retrieval(nn.Module):
             no file is read besides the two configurations and everything is random.
 
     Attributes:
-        settings: what was read from the configuration.
+        config: the configuration.
+        settings: what of it makes the network.
         init_params: official names of the parameters that learn with `lr_mult` times the rate.
         x_params: names of the projections.
 
@@ -58,6 +62,7 @@ class Retrieval(nn.Module):
     def __init__(self, config: Mapping[str, Any], init_backbones: bool = True):
         super().__init__()
         settings = self.settings = ModelSettings.from_config(config)
+        self.config = dict(config)
         self.temp = nn.Parameter(torch.tensor(settings.temp))
         self.vision_encoder = VisionEncoder(settings.vision)
         self.text_encoder = TextEncoder(settings.text, settings.vision.feature_width)
@@ -74,6 +79,17 @@ class Retrieval(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         self.init_params = _faster_names(names, settings)
         self.x_params = [name for name in names if name.startswith(("vision_proj.", "text_proj."))]
+
+    def hub_parts(self) -> HubParts:
+        """This model in the layout of the hub (`save_pretrained`, `push_to_hub`)."""
+        return parts_of(self.state_dict(), self.config, self.settings.text_encoder)
+
+    @classmethod
+    def from_hub(cls, folder: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> "Retrieval":
+        """The model of such a folder (`from_pretrained`)."""
+        model = cls({**config, "text_encoder": str(folder)}, init_backbones=False)
+        load_official(model, state, name=str(folder), strict=True)
+        return model
 
     def official_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in the released checkpoints and parameters; tied ones once, under their first name."""

@@ -9,6 +9,7 @@ tbps-model export my_model --onnx --out onnx --int8
 import argparse
 from importlib import import_module
 
+from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
 
 
@@ -78,7 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run `tbps-model`; returns the exit status."""
     flags = build_parser().parse_args(argv)
-    return import_module(f"tbps_common.models.{flags.command}").main(flags)
+    try:
+        module = import_module(f"tbps_common.models.{flags.command}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("onnx", "onnxruntime", "onnxscript"):
+            raise
+        raise InputError(f"{error.name} is not installed: pip install 'tbps-common[onnx]'") from error
+    return module.main(flags)
 
 
 def _add_trust_flag(parser: argparse.ArgumentParser) -> None:

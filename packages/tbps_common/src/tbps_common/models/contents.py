@@ -19,11 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tbps_common.errors import CheckpointError
+from tbps_common.models.source import HUB_CONFIG, HUB_WEIGHTS
 from tbps_common.run.checkpoint import find_state_dict
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-_STEMS = (WEIGHTS_NAME, "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_STEMS = (HUB_WEIGHTS, "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _WEIGHT_FILES = (*_STEMS, *(f"{name}.index.json" for name in _STEMS))
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch.save wrote before version 1.6
 _DEEPEST = 40
@@ -86,7 +85,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The object in a folder's `config.json`; None if there is no such file, or it is not a JSON object."""
     try:
-        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8-sig"))
+        content = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -102,7 +101,7 @@ def _files_of(folder: Path) -> dict[Path, str]:
         return {shard: f"{name}." for name, file in parts.items() for shard in _shards(file)}
     there = sorted(entry.name for entry in folder.rglob("*") if entry.suffix in (".pth", ".pt", ".bin", ".safetensors"))
     named = f"; name one of its files: {', '.join(there[:5])}" if there else ""
-    raise CheckpointError(f"{folder} holds no {WEIGHTS_NAME} or pytorch_model.bin{named or ' and no other weights'}.")
+    raise CheckpointError(f"{folder} holds no {HUB_WEIGHTS} or pytorch_model.bin{named or ' and no other weights'}.")
 
 
 def _weight_file(folder: Path) -> Path | None:
@@ -134,18 +133,18 @@ def _read(file: Path) -> tuple[str, Any]:
             if start[:1] == b"\x80":
                 return _from_pickles(stream)
         with safe_open(file, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return "safetensors", {
-                name: _meta(entry.get_shape(), _DTYPES.get(entry.get_dtype(), torch.uint8))
-                for name, entry in slices.items()
-            }
+            state = {name: _of_slice(tensors.get_slice(name)) for name in tensors.keys()}
+            # Of tensors that are one, safetensors stores the first, and the names of the others as remarks.
+            twins = (tensors.metadata() or {}).items()
+        return "safetensors", state | {name: state[twin] for name, twin in twins if name not in state and twin in state}
     except SafetensorError as error:
         raise CheckpointError(
             f"{file} is neither a safetensors file nor one that torch.save or pickle wrote ({error}); give another file."
         ) from error
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged or hostile file can make the reader fail with nearly any exception.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
             f"{file} is damaged or of no known form ({reason}); copy or download it again."
@@ -158,6 +157,8 @@ def _from_archive(file: Path) -> tuple[str, Any]:
         pickled = next((name for name in names if name.endswith("/data.pkl")), None)
         if pickled is None:
             raise CheckpointError(f"{file} is a zip archive without a data.pkl, so torch.save did not write it.")
+        if archive.getinfo(pickled).compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{file} holds compressed records, which torch.save never writes; give another file.")
         with archive.open(pickled) as stream:
             content = _Instructions().follow(stream)
     if any(name.endswith("/constants.pkl") for name in names):
@@ -182,6 +183,10 @@ def _flat(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Ten
     if isinstance(inside, Mapping) and depth < _DEEPEST:
         for key, entry in inside.items():
             yield from _flat(entry, f"{name}.{key}" if name else str(key), depth + 1)
+
+
+def _of_slice(entry: Any) -> Tensor:
+    return _meta(entry.get_shape(), _DTYPES.get(entry.get_dtype(), torch.uint8))
 
 
 def _meta(shape: Any, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import os
 import pkgutil
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.models.contents import Contents, read_contents
 from tbps_common.models.layouts import Description, known_papers, match
@@ -31,7 +31,7 @@ def main(flags: argparse.Namespace) -> int:
     print(_as_text(found))
     if flags.names:
         for name, tensor in contents.state.items():
-            print(f"  {name} {_shape(tensor)}")
+            print(f"  {_printable(name)} {_shape(tensor)}")
     if flags.json:
         write_json(flags.json, found | {"tensors": {name: _shape(tensor) for name, tensor in contents.state.items()}})
     return int(found["layout"] is None or found["fits"] is False)
@@ -57,7 +57,7 @@ def inspect(contents: Contents) -> dict[str, Any]:
         "form": contents.form,
         "paper": paper.name if known else None,
         "layout": layout.name if known else None,
-        "nearest": None if known else {"paper": paper.name, "layout": layout.name, "share": share},
+        "nearest": None if known or not share else {"paper": paper.name, "layout": layout.name, "share": share},
         "tensors": len(sizes),
         "parameters": sum(sizes),
         "bytes": sum(file.stat().st_size for file in contents.files),
@@ -75,8 +75,9 @@ def inspect(contents: Contents) -> dict[str, Any]:
         return found
     try:
         description = pkgutil.resolve_name(layout.describe)(contents)
-    except (InputError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        # Sizes that belong to no model: the shapes above are all that can be said.
+    except Exception as error:
+        # Sizes that belong to no model can make the libraries fail with nearly any exception; then the shapes are all that
+        # can be said.
         found["not_compared"] = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return found | {"fits": False}
     return found | {"sizes": dict(description.sizes), **_compared(description)}
@@ -101,7 +102,7 @@ def _compared(description: Description) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A value for people: numbers and short texts as they are, of everything else the kind and the size."""
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, str):
         return value if len(value) <= 80 else f"{value[:77]}..."
@@ -123,8 +124,10 @@ def _checksum(file: Path) -> str:
 
 def _as_text(found: Mapping[str, Any]) -> str:
     lines = [f"{found['file']}: {found['form']}, {found['bytes']:,} bytes"]
-    if found["layout"] is None:
-        nearest = found["nearest"]
+    nearest = found["nearest"]
+    if found["layout"] is None and nearest is None:
+        lines.append("layout:      unknown, and near to none that is known")
+    elif nearest is not None:
         lines.append(
             f"layout:      unknown; nearest is {nearest['layout']} ({nearest['paper']}), of whose characteristic tensors "
             f"{nearest['share']:.0%} are there"
@@ -148,4 +151,8 @@ def _as_text(found: Mapping[str, Any]) -> str:
 
 def _listed(what: str, names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what + ':':<12} {len(names)}: {', '.join(names[:_SHOWN])}{more}"
+    return f"{what + ':':<12} {len(names)}: {', '.join(map(_printable, names[:_SHOWN]))}{more}"
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
