@@ -338,7 +338,7 @@ def _encode_captions(
     embeds = [torch.empty(0, longest, settings.text.hidden_size, device=share.device)]
     features = [torch.empty(0, settings.embed_dim, device=share.device)]
     for number in share.own(len(batches), "captions"):
-        ids_part, atts_part = (part.to(share.device) for part in batches[number])
+        ids_part, atts_part = (part.to(share.device, non_blocking=True) for part in batches[number])
         with share.autocast():
             encoded = model.get_text_embeds(ids_part, atts_part)
             features.append(normalize(model.get_text_feat(encoded).float(), dim=-1))
@@ -403,7 +403,7 @@ def _judge(model: Retrieval, texts: _Texts, gallery: _OwnImages, candidates: Ten
         positions, images, queries = pairs.of_images(start, stop)
         for scores, tokens in zip(logits, views):
             with share.autocast():
-                scores[positions.to(share.device)] = matcher.logits(tokens, images, queries)
+                scores[positions.to(share.device, non_blocking=True)] = matcher.logits(tokens, images, queries)
         start = stop
     if share.ranks.distributed:
         for scores in logits:

@@ -197,6 +197,12 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     ours.add_argument(
         "--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them"
     )
+    ours.add_argument(
+        "--grad_scaler",
+        action="store_true",
+        help="scale the gradients of bfloat16 on a GPU, as released: every step then waits for the GPU, and after some "
+        "200,000 steps all are left out",
+    )
     ours.add_argument("--log_every", type=whole_number(1), default=50, help="iterations between two log lines")
     add_bad_images_flag(ours)
     _add_trust_flag(ours)

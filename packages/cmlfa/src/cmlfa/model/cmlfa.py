@@ -41,7 +41,7 @@ class CMLFA(nn.Module, HubModel):
     attends over the slots of one sample. The parameters are the same.
 
     Attributes:
-        unused_parameters: names that never receive a gradient: DistributedDataParallel has to look for unused parameters.
+        unused_parameters: names that never receive a gradient.
     """
 
     unused_parameters = ("safl.pos_embeding",)

@@ -91,6 +91,12 @@ class Blip2(nn.Module):
         return layout(self.settings)
 
     @property
+    def unused_parameters(self) -> list[str]:
+        """Names of the parameters that no loss uses: the word-prediction head and the matching head."""
+        heads = ("Qformer.lm_head.", "itm_head.")
+        return [name for name, _ in self.named_parameters() if name.startswith(heads)]
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.query_tokens.device

@@ -240,6 +240,7 @@ class Retrieval(nn.Module, HubModel):
         text_atts_box: Tensor | None = None,
         box_atts: Tensor | None = None,
         negatives: Mapping[str, Negatives] | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The losses of a training batch of B pairs.
 
@@ -258,6 +259,8 @@ class Retrieval(nn.Module, HubModel):
             text_atts_box: `[B, T]`.
             box_atts: `[B, 1 + L]`: 0 for the tokens inside the box, 1 outside and for the first.
             negatives: branch (`main`, `eda`, `region`) to image for each text and text for each image, in place of draws.
+            lengths: branch to the length of its longest text (`longest_texts`); absent, it is asked of the device, which is
+                waited for.
 
         Returns:
             ITC (EDA included), ITM (EDA included), MLM, and region loss (0 if off), all scalars. The total is
@@ -274,8 +277,8 @@ class Retrieval(nn.Module, HubModel):
             views["region"] = text_ids_box, text_atts_box
         if text_ids_eda is not None and text_atts_eda is not None:
             views["eda"] = text_ids_eda, text_atts_eda
-        # The only wait for the device, before there is work to wait for.
-        lengths = dict(zip(views, longest_texts([atts for _, atts in views.values()])))
+        if lengths is None:  # before there is work to wait for
+            lengths = dict(zip(views, longest_texts([atts for _, atts in views.values()])))
         image_embeds = self.vision_encoder(image)
         keys = self.text_encoder.image_keys(image_embeds)
         embeds = self._encode_together(views)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -59,17 +59,23 @@ class Run:
             if not self.interruption.requested or self.ranks.distributed:
                 raise
 
-    def distribute(self, model: nn.Module, **options: Any) -> nn.Module:
+    def distribute(self, model: nn.Module, *, unused: Iterable[str] = ()) -> nn.Module:
         """`model` as DistributedDataParallel wraps it for several processes; itself for one.
 
         Args:
             model: on this process's device.
-            **options: of DistributedDataParallel.
+            unused: names of trained parameters that never get a gradient: the exchange of gradients would wait for them,
+                or search the graph of every step for what it lacks.
         """
         if not self.ranks.distributed:
             return model
+        # What is frozen while it is wrapped takes no part in the exchange.
+        left_out = [model.get_parameter(name).requires_grad_(False) for name in unused]
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **options)
+        network = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        for parameter in left_out:
+            parameter.requires_grad_(True)
+        return network
 
 
 @contextmanager
