@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tbps_common.errors import GalleryError
 from tbps_common.ranking import similarity
-from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
+from tbps_common.search.old_gallery import GalleryIndex, complete_index, find_images
 
 MODEL, OTHER = "1" * 64, "2" * 64
 
@@ -95,7 +95,7 @@ class TestFile:
             package="p",
         )
         code = (
-            "import sys; from tbps_common.search.gallery import GalleryIndex\n"
+            "import sys; from tbps_common.search.old_gallery import GalleryIndex\n"
             "def resident(): return int(open('/proc/self/statm', encoding='ascii').read().split()[1]) * 4096\n"
             "before = resident(); index = GalleryIndex.open(sys.argv[1])\n"
             "row = index.features[39_999].clone(); print(resident() - before, float(row.mean()))\n"
@@ -256,7 +256,7 @@ class TestSearch:
         features, queries = torch.randn(30, 4), torch.randn(11, 4)
         index = build(tmp_path / "a.safetensors", features)
         at_once = index.search(queries, topk=5)
-        monkeypatch.setattr("tbps_common.search.gallery._SCORE_BYTES", 30 * 4 * 2)
+        monkeypatch.setattr("tbps_common.search.old_gallery._SCORE_BYTES", 30 * 4 * 2)
         in_blocks = index.search(queries, topk=5)
         assert torch.equal(at_once[0], in_blocks[0])
         torch.testing.assert_close(at_once[1], in_blocks[1])

@@ -15,7 +15,7 @@ from cmlfa.trained import TrainedModel, open_trained
 from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
 from tbps_common.run.batches import usable_workers
 from tbps_common.run.progress import progress_bar
-from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
+from tbps_common.search.old_gallery import GalleryIndex, complete_index, find_images
 
 
 def index(flags: argparse.Namespace, options: Options) -> None:

@@ -13,7 +13,7 @@ from cmlfa import build_model, load_checkpoint
 from cmlfa.cli import index_main, search_main
 from cmlfa.config import load_train_configs
 from cmlfa.datasets import SimpleTokenizer, build_transforms, tokenize
-from tbps_common.search.gallery import GalleryIndex
+from tbps_common.search.old_gallery import GalleryIndex
 
 
 @pytest.fixture

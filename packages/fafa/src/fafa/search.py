@@ -13,7 +13,7 @@ from fafa.trained import TrainedModel, open_trained
 from tbps_common.errors import InputError
 from tbps_common.images import read_image
 from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
-from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
+from tbps_common.search.old_gallery import GalleryIndex, complete_index, find_images
 
 
 def index(run: TrainedRun, flags: argparse.Namespace) -> int:

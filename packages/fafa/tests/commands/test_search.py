@@ -14,7 +14,7 @@ from fafa.model import Blip2FAFACPR
 from fafa.processors import BlipCaptionProcessor
 from fafa.transforms import squarepad_transform_test
 from tbps_common.images import read_image
-from tbps_common.search.gallery import GalleryIndex
+from tbps_common.search.old_gallery import GalleryIndex
 
 NAME = "tuned_last_recall_at1.pt"
 

@@ -24,7 +24,7 @@ from tbps_common.report.pictures import Hit, RankedQuery, ranked_list
 from tbps_common.run.batches import usable_workers
 from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
 from tbps_common.run.device import choose_device
-from tbps_common.search.gallery import GalleryIndex, complete_index, find_images
+from tbps_common.search.old_gallery import GalleryIndex, complete_index, find_images
 
 # What of a configuration decides the features, beside the weights.
 _FEATURE_KEYS = ("h", "w", "max_tokens", "max_words", "icfg_rstp", "test_hflip")

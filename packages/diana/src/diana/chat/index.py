@@ -21,7 +21,7 @@ from diana.model.folders import resolve_folder
 from diana.retrieval.images import encode_images
 from tbps_common.errors import GalleryError, InputError
 from tbps_common.run.device import choose_device
-from tbps_common.search.gallery import find_images
+from tbps_common.search.old_gallery import find_images
 
 
 def update_index(flags: argparse.Namespace) -> int:
