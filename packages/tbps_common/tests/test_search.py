@@ -93,7 +93,7 @@ def test_only_what_changed_is_encoded(tmp_path: Path, folder: Path) -> None:
     assert index(out, folder, model) == Counts(added=1, updated=2, removed=1, total=10)
     assert index(out, folder, model) == Counts(total=10)
     assert encoded == [3]
-    assert names(open_gallery(out), "green", topk=1) == ["0.png"]
+    assert names(open_gallery(out, model), "green", topk=1) == ["0.png"]
 
 
 def test_a_model_of_another_kind_is_named(tmp_path: Path) -> None:

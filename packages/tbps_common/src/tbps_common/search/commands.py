@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,30 @@ def index(flags: argparse.Namespace) -> int:
         removed = erase(flags.out, flags.path, flags.where, from_disk=flags.files)
         print(Counts(removed=removed, total=max(map(len, list_galleries(flags.out)))))
         return 0
+    return run_index(
+        flags,
+        lambda: open_retriever(flags.model, device=flags.device, trust=flags.trust_checkpoint),
+        batch_size=flags.batch_size,
+        num_workers=flags.num_workers,
+    )
+
+
+def run_index(
+    flags: argparse.Namespace, open_model: Callable[[], Retriever], *, batch_size: int | None, num_workers: int
+) -> int:
+    """Bring a gallery up to date; the last line of output says what was done.
+
+    Args:
+        flags: those of `tbps_common.search.options.add_gallery_flags`.
+        open_model: called once all else has been checked.
+        batch_size: pictures encoded at once, or None for what the model suggests.
+        num_workers: threads that read pictures.
+    """
     pictures = list_pictures(flags.images)
     metadata = read_metadata(flags.metadata) if flags.metadata else None
-    if os.path.exists(flags.out):  # before the model is loaded, so that a damaged one is reported at once
+    if os.path.exists(flags.out):
         list_galleries(flags.out, empty=True)
-    model = open_retriever(flags.model, device=flags.device, trust=flags.trust_checkpoint)
+    model = open_model()
     if model.note:
         print(f"note: {model.note}")
     counts = update_gallery(
@@ -43,8 +62,8 @@ def index(flags: argparse.Namespace) -> int:
         metadata=metadata,
         shard=flags.shard,
         half=flags.half,
-        batch_size=flags.batch_size,
-        num_workers=flags.num_workers,
+        batch_size=batch_size,
+        num_workers=num_workers,
     )
     print(counts)
     return 0
@@ -54,20 +73,25 @@ def search(flags: argparse.Namespace) -> int:
     """Ask a gallery, print the hits, draw them and write them down."""
     image = read_image(flags.image, as_shown=True) if flags.image else None
     dialogue = read_dialogue(flags.dialogue) if flags.dialogue else ()
-    list_galleries(flags.gallery)  # before the model is loaded, so that a wrong path is reported at once
-    model = open_retriever(flags.model, device=flags.device, trust=flags.trust_checkpoint)
-    return show_hits(flags, model, Query(flags.text, image, tuple(dialogue)), judge=flags.judge)
+    return run_search(
+        flags,
+        lambda: open_retriever(flags.model, device=flags.device, trust=flags.trust_checkpoint),
+        Query(flags.text, image, tuple(dialogue)),
+        judge=flags.judge,
+    )
 
 
-def show_hits(flags: argparse.Namespace, model: Retriever, query: Query, *, judge: int = 0) -> int:
+def run_search(flags: argparse.Namespace, open_model: Callable[[], Retriever], query: Query, *, judge: int = 0) -> int:
     """Search, print, draw, write.
 
     Args:
-        flags: `gallery` and those of `tbps_common.search.options.add_hit_flags`.
-        model: of the gallery.
+        flags: those of `tbps_common.search.options.add_hit_flags`.
+        open_model: called once all else has been checked.
         query: what is asked.
         judge: hits that the model's second stage judges.
     """
+    list_galleries(flags.gallery)
+    model = open_model()
     gallery = open_gallery(flags.gallery, model)
     if model.note:
         print(f"note: {model.note}")

@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,12 @@ class Gallery:
         inside = {*OWN_COLUMNS, *(feature.name for feature in self.features)}
         return {field.name: field.type for field in self.table.schema if field.name not in inside}
 
+    def files(self) -> list[str]:
+        """All picture files, in the order of the rows."""
+        with explained(self.path):
+            stored = self.table.search().where("problem IS NULL").select(["path"]).to_arrow()["path"].to_pylist()
+        return [self.file(name) for name in dict.fromkeys(stored)]
+
     def file(self, stored: str) -> str:
         """Where the picture file of a stored path lies."""
         return os.path.normpath(os.path.join(self.root, stored.translate(_FROM_STORE)))
@@ -134,24 +140,26 @@ def list_galleries(path: str | os.PathLike[str], *, empty: bool = False) -> list
     return galleries
 
 
-def open_gallery(path: str | os.PathLike[str], model: Retriever | None = None) -> Gallery:
-    """The gallery of a model; without one, the only gallery of the database.
+def open_gallery(path: str | os.PathLike[str], model: Retriever) -> Gallery:
+    """The gallery of a model.
 
     Raises:
-        GalleryError: as `list_galleries`; the model indexed nothing there; or there are several models to choose from.
+        GalleryError: as `list_galleries`, or the model indexed nothing there.
     """
+    # How scores are made is the model's affair: it may average another number of tokens than when it indexed.
+    return replace(find_gallery(path, model.name, model.fingerprint), features=model.features)
+
+
+def find_gallery(path: str | os.PathLike[str], name: str, fingerprint: str) -> Gallery:
+    """The gallery of a model that is not loaded; errors as for `open_gallery`."""
     galleries = list_galleries(path)
-    known = ", ".join(f"{gallery.model} ({gallery.fingerprint[:8]})" for gallery in galleries)
-    if model is None:
-        if len(galleries) > 1:
-            raise GalleryError(f"{os.fspath(path)} holds several models' features: choose with --model one of {known}")
-        return galleries[0]
     for gallery in galleries:
-        if gallery.fingerprint == model.fingerprint:
+        if gallery.fingerprint == fingerprint:
             return gallery
+    known = ", ".join(f"{gallery.model} ({gallery.fingerprint[:8]})" for gallery in galleries)
     raise GalleryError(
-        f"{os.fspath(path)} holds no features of {model.name} ({model.fingerprint[:8]}), only those of {known}: use that "
-        f"model, or index with tbps-index --model {model.name} --images FOLDER --out {os.fspath(path)}"
+        f"{os.fspath(path)} holds no features of {name} ({fingerprint[:8]}), only those of {known}: use that model, or index "
+        f"with tbps-index --model {name} --images FOLDER --out {os.fspath(path)}"
     )
 
 
@@ -418,7 +426,7 @@ def merge(gallery: Gallery, rows: pa.Table, *, replaced: Sequence[str] = ()) -> 
     if replaced:
         builder = builder.when_not_matched_by_source_delete(_in("path", replaced))
     with explained(gallery.path):
-        builder.execute(rows)
+        builder.execute(rows, on_bad_vectors="null")  # the features of files with a problem are null
 
 
 def remove_rows(gallery: Gallery, paths: Sequence[str]) -> None:

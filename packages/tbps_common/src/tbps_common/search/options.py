@@ -35,13 +35,8 @@ def index_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tbps-index", description=INDEX_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add("--model", help=MODEL_HELP)
-    add("--images", help="folder of pictures, searched with its sub-folders, or a text file with one path per line")
-    add("--out", "--gallery", default="people.lance", help="gallery to write or to bring up to date")
-    add("--metadata", metavar="FILE.csv", help="further columns: a CSV file with a column 'path' (camera, time, ...)")
-    add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
-    add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
+    parser.add_argument("--model", help=MODEL_HELP)
+    add_gallery_flags(parser, required=False)
     add_encoding_flags(parser)
     add_model_flags(parser)
     deletion = parser.add_argument_group("delete from the gallery (needs no model)")
@@ -77,7 +72,6 @@ def search_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help=MODEL_HELP)
-    add("--gallery", "--index", default="people.lance", help="gallery of tbps-index")
     add("--text", default="", help="the person to look for, or with --image what is different")
     add("--image", help="picture of the person to look for")
     add("--dialogue", metavar="FILE", help="JSON: a list of rounds, each a list of messages with 'from' and 'value'")
@@ -97,6 +91,20 @@ def check_search_flags(flags: argparse.Namespace) -> None:
         raise InputError("--dialogue stands alone: leave --text and --image out")
     if not (flags.dialogue or flags.image) and not flags.text.strip():
         raise InputError("--text is empty: describe the person to look for, or give --image or --dialogue")
+
+
+def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What is indexed, and into which gallery."""
+    add = parser.add_argument
+    add(
+        "--images",
+        required=required,
+        help="folder of pictures, searched with its sub-folders, or a text file with one path per line",
+    )
+    add("--out", "--gallery", default="people.lance", help="gallery to write or to bring up to date")
+    add("--metadata", metavar="FILE.csv", help="further columns: a CSV file with a column 'path' (camera, time, ...)")
+    add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
+    add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
 
 
 def add_encoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -120,9 +128,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_hit_flags(parser: argparse.ArgumentParser) -> None:
-    """Which hits are shown, and how."""
+def add_hit_flags(parser: argparse.ArgumentParser, *, output: str | None = None) -> None:
+    """Which gallery is searched, which hits are shown, and how."""
     add = parser.add_argument
+    add("--gallery", "--index", default="people.lance", help="gallery to search")
     add("--topk", type=whole_number(1), default=10, help="hits to show")
     add("--where", metavar="SQL", help="condition on the gallery's columns, such as \"camera = 'cam_a'\"")
     add(
@@ -134,7 +143,7 @@ def add_hit_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="let the database's index propose N candidates instead of scoring every picture (N: 1000)",
     )
-    add("--output", help="picture of the hits to write, such as hits.png")
+    add("--output", default=output, help="picture of the hits to write, such as hits.png")
     add("--json", help="write the hits to this file")
 
 
