@@ -15,7 +15,9 @@ from tbps_common.files import write_json
 from tbps_common.images import read_image
 from tbps_common.report.pictures import Hit as Drawn
 from tbps_common.report.pictures import RankedQuery, ranked_list
-from tbps_common.search.gallery import Hit, erase, list_galleries, open_gallery
+from tbps_common.search.ann import build_index, measure_recall
+from tbps_common.search.erase import erase
+from tbps_common.search.gallery import Hit, list_galleries, open_gallery
 from tbps_common.search.index import Counts, list_pictures, update_gallery
 from tbps_common.search.metadata import read_metadata
 from tbps_common.search.retriever import Query, Retriever, Round, open_retriever
@@ -65,6 +67,10 @@ def run_index(
         batch_size=batch_size,
         num_workers=num_workers,
     )
+    if flags.ann:
+        gallery = open_gallery(flags.out, model)
+        build_index(gallery)
+        print(f"index for --ann over {counts.total} pictures; {measure_recall(open_gallery(flags.out, model), model)}")
     print(counts)
     return 0
 

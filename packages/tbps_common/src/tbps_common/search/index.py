@@ -268,7 +268,11 @@ class _Pending:
     def commit(self) -> None:
         if self.records:
             changed = [record["path"] for record in self.records if record["path"] in self.known]
-            merge(self.gallery, self._table(), replaced=changed)
+            inserted = merge(self.gallery, self._table(), replaced=changed)
+            # What another process has indexed meanwhile counts as replaced.
+            replaced = sum(record["path"] not in self.known for record in self.records) - inserted
+            self.counts.added -= replaced
+            self.counts.updated += replaced
             for record in self.records:
                 before = self.known.get(record["path"])
                 if record["problem"] is not None:
@@ -294,6 +298,12 @@ class _Pending:
             if item.name in names:
                 values = torch.cat([part[item.name] for part in self.features]) if good else torch.empty(0)
                 columns[item.name] = _lists(values, item.type, len(records) - good)
+            elif item.name == "ann":
+                first = self.gallery.features[0].name
+                means = (
+                    torch.cat([part[first].float().mean(dim=1) for part in self.features]) if good else torch.empty(0)
+                )
+                columns[item.name] = _lists(means, item.type, len(records) - good)
             elif item.name in extra:
                 columns[item.name] = pa.array(extra[item.name], item.type)
             else:

@@ -104,6 +104,7 @@ def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     add("--out", "--gallery", default="people.lance", help="gallery to write or to bring up to date")
     add("--metadata", metavar="FILE.csv", help="further columns: a CSV file with a column 'path' (camera, time, ...)")
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
+    add("--ann", action="store_true", help="then build the index for tbps-search --ann, and print its measured recall")
     add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
 
 
