@@ -135,11 +135,3 @@ def test_a_stop_is_heard_between_batches(model: Blip2FAFACPR) -> None:
         extractor(model, stop_requested=lambda: next(asked)).gallery(pictures)
     assert pictures.loaded < 13
     assert model.training
-
-
-def test_gallery_can_be_had_batch_by_batch(model: Blip2FAFACPR) -> None:
-    model.eval()
-    parts = list(extractor(model).gallery_batches(Pictures()))
-    model.train()
-    assert [first for first, _ in parts] == [0, 4, 8]
-    assert torch.equal(torch.cat([features for _, features in parts]), extractor(model).gallery(Pictures()))

@@ -59,8 +59,7 @@ def index_main(argv: list[str]) -> int:
     options = read_run(flags)
     from cmlfa.search import index
 
-    index(flags, options)
-    return 0
+    return index(flags, options)
 
 
 @command
@@ -72,5 +71,4 @@ def search_main(argv: list[str]) -> int:
     options = read_run(flags)
     from cmlfa.search import search
 
-    search(flags, options)
-    return 0
+    return search(flags, options)

@@ -14,6 +14,7 @@ from typing import Any
 from cmlfa.model.settings import ADDED, AUTHORS, ModelSettings, flag, image_size, problem_of
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, add_require_published_flag, number, whole_number
+from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
@@ -70,14 +71,14 @@ framed green if they show the right person and red if not.
 INDEX_DESCRIPTION = """\
 Compute the features of all images in a folder once, for cmlfa-search:
 
-  cmlfa-index --config_file RUN/configs.yaml --images FOLDER --out gallery.safetensors
+  cmlfa-index --config_file RUN/configs.yaml --images FOLDER --out people.lance
 
-If the index already exists, only the images missing from it are added.
+A gallery that exists is brought up to date with the folder: see tbps-index --help.
 """
 SEARCH_DESCRIPTION = """\
-Find the images of an index that match a sentence, best first:
+Find the images of a gallery that match a sentence, best first:
 
-  cmlfa-search --config_file RUN/configs.yaml --index gallery.safetensors --text "a man with a red backpack"
+  cmlfa-search --config_file RUN/configs.yaml --gallery people.lance --text "a man with a red backpack"
 """
 
 
@@ -303,20 +304,15 @@ def index_parser() -> argparse.ArgumentParser:
         names=("--test_batch_size", "--batch_size"),
         help="images encoded at once (default: as stored)",
     )
-    parser.add_argument("--images", required=True, help="folder of images, searched with its sub-folders")
-    parser.add_argument(
-        "--out", default="gallery.safetensors", help="index to write or to complete (default: %(default)s)"
-    )
+    add_gallery_flags(parser)
     return parser
 
 
 def search_parser() -> argparse.ArgumentParser:
     """The parser of `cmlfa-search`."""
     parser = _parser_of_a_run("cmlfa-search", SEARCH_DESCRIPTION)
-    parser.add_argument("--index", default="gallery.safetensors", help="index of cmlfa-index (default: %(default)s)")
     parser.add_argument("--text", required=True, help="the person to look for")
-    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show (default: %(default)s)")
-    parser.add_argument("--output", default="hits.png", help="picture to write (default: %(default)s)")
+    add_hit_flags(parser, output="hits.png")
     return parser
 
 

@@ -34,18 +34,18 @@ def eval_main(argv: list[str]) -> int:
 @command
 def index_main(argv: list[str]) -> int:
     """`diana-index`: compute the features of a folder of images once."""
-    from diana.chat.options import parse_index_flags
+    from diana.search_options import parse_index_flags
 
     options = parse_index_flags(argv)
-    from diana.chat.index import update_index
+    from diana.search import index
 
-    return update_index(options)
+    return index(options)
 
 
 @command
 def chat_main(argv: list[str]) -> int:
     """`diana-chat`: find a person by answering questions."""
-    from diana.chat.options import parse_chat_flags
+    from diana.search_options import parse_chat_flags
 
     options = parse_chat_flags(argv)
     from diana.chat.session import hold_conversation

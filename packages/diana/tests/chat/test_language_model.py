@@ -36,7 +36,7 @@ def test_questions_come_from_the_server_and_from_the_list_when_it_fails(
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    index = tmp_path / "g.safetensors"
+    index = tmp_path / "g.lance"
     assert index_main(["--pretrained", str(pretrained), "--images", str(world / "ChatPedes"), "--out", str(index)]) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("A man in a coat.\nBlack ones.\nA red one.\nquit\n"))
     try:

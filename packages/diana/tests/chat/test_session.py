@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diana import load_diana
-from diana.chat.gallery import checkpoint_mark
 from diana.chat.questions import QUESTIONS
 from diana.cli import chat_main, index_main
 from diana.data import PROMPT_POOL, build_eval_transform, render_dialogue
+from diana.search import diana_fingerprint
+from diana.search_options import MEAN, STD
 from diana.tokenizer import encode
 from tbps_common.images import read_image
+from tbps_common.search.gallery import list_galleries
 
 Typed = Callable[[str], None]
 
@@ -32,7 +33,7 @@ def pictures(world: Path) -> Path:
 @pytest.fixture(scope="session")
 def index(pretrained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Index of all pictures, with attributes."""
-    out = tmp_path_factory.mktemp("index") / "gallery.safetensors"
+    out = tmp_path_factory.mktemp("index") / "people.lance"
     flags = ["--pretrained", str(pretrained), "--images", str(pictures), "--out", str(out), "--mode", "all"]
     assert index_main([*flags, "--batch_size", "8"]) == 0
     return out
@@ -44,57 +45,59 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
     return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_the_index_holds_features_paths_and_the_models_mark(index: Path, pretrained: Path, pictures: Path) -> None:
-    with safe_open(index, framework="pt") as file:
-        metadata = file.metadata()
-        names = set(file.keys())
-    assert names == {"global", "attrs"}
-    paths = json.loads(metadata["paths"])
-    assert paths == sorted(str(path) for path in pictures.rglob("*.png"))
-    assert json.loads(metadata["image_size"]) == [64, 32]
-    assert metadata["checkpoint"] == checkpoint_mark(pretrained)
-    tensors = load_file(index)
-    model, _ = load_diana(pretrained)
-    from diana.chat.options import MEAN, STD
+def stored(out: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Paths and features of the only gallery of a database."""
+    (gallery,) = list_galleries(out)
+    rows = gallery.table.search().where("problem IS NULL").to_arrow()
+    features = {one.name: torch.tensor(rows[one.name].to_pylist()).view(-1, *one.shape) for one in gallery.features}
+    return [gallery.file(path) for path in rows["path"].to_pylist()], features
 
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_index_holds_features_paths_and_the_models_mark(index: Path, pretrained: Path, pictures: Path) -> None:
+    paths, features = stored(index)
+    assert set(features) == {"feature", "attributes"}
+    assert paths == sorted(str(path) for path in pictures.rglob("*.png"))
+    assert list_galleries(index)[0].fingerprint == diana_fingerprint(pretrained, "all")
+    model, _ = load_diana(pretrained)
     transform = build_eval_transform((64, 32), MEAN, STD)
     with torch.no_grad():
         embeds, tokens = model.encode_image(torch.stack([transform(read_image(path)) for path in paths[:3]]))
         attributes = model.refine(tokens)
-    assert tensors["global"].dtype == torch.float32
-    assert torch.allclose(tensors["global"][:3], torch.nn.functional.normalize(embeds, dim=1), atol=1e-5)
-    assert torch.allclose(tensors["attrs"][:3], torch.nn.functional.normalize(attributes, dim=2), atol=1e-5)
+    assert torch.allclose(features["feature"][:3], torch.nn.functional.normalize(embeds, dim=1), atol=1e-5)
+    assert torch.allclose(features["attributes"][:3], torch.nn.functional.normalize(attributes, dim=2), atol=1e-5)
 
 
 def test_an_index_is_completed_and_bad_images_are_left_out(
-    pretrained: Path,
-    pictures: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    pretrained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "own"
+    folder, out = tmp_path / "own", tmp_path / "g.lance"
     files = sorted(pictures.rglob("*.png"))
     folder.mkdir()
     for number in range(3):
         shutil.copy(files[number], folder / f"{number}.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
-    flags = ["--pretrained", str(pretrained), "--images", str(folder), "--out", str(tmp_path / "g.safetensors")]
+    flags = ["--pretrained", str(pretrained), "--images", str(folder), "--out", str(out)]
     assert index_main(flags) == 0
-    assert "3 images added, 3 in all" in capsys.readouterr().out
-    assert "broken.jpg" in caplog.text
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "added 3, updated 0, removed 0, skipped 1, total 3"
+    assert "broken.jpg" in said.err
+    assert index_main(flags) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "added 0, updated 0, removed 0, skipped 1, total 3" and not said.err
     (folder / "broken.jpg").unlink()
-    first = load_file(tmp_path / "g.safetensors")["global"]
     shutil.copy(files[4], folder / "a_new_one.png")
     listing = tmp_path / "list.txt"
     listing.write_text("\n".join(str(path) for path in sorted(folder.iterdir())), encoding="utf-8")
     assert index_main([*flags, "--images", str(listing)]) == 0
-    assert "1 images added, 4 in all" in capsys.readouterr().out
-    assert torch.equal(load_file(tmp_path / "g.safetensors")["global"][:3], first)
-    assert index_main(flags) == 0
-    assert "are there already" in capsys.readouterr().out
-    assert index_main([*flags, "--images", str(pictures), "--mode", "all"]) == 2
-    assert "another --mode" in capsys.readouterr().err
+    assert last_line(capsys) == "added 1, updated 0, removed 0, skipped 0, total 4"
+    # Another mode has other features: they stand beside the first ones.
+    assert index_main([*flags, "--mode", "all"]) == 0
+    assert last_line(capsys) == "added 4, updated 0, removed 0, skipped 0, total 4"
+    assert len(list_galleries(out)) == 2
 
 
 @pytest.fixture
@@ -107,18 +110,6 @@ def own(pictures: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_unreadable_image_does_not_stop_later_calls(
-    pretrained: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (own / "broken.jpg").write_bytes(b"no picture")
-    flags = ["--pretrained", str(pretrained), "--images", str(own), "--out", str(tmp_path / "g.safetensors")]
-    assert index_main(flags) == 0
-    before = (tmp_path / "g.safetensors").read_bytes()
-    assert index_main(flags) == 0
-    assert "0 images added, 3 in all" in capsys.readouterr().out
-    assert (tmp_path / "g.safetensors").read_bytes() == before
-
-
 def test_an_index_follows_its_folder(
     pretrained: Path,
     own: Path,
@@ -129,10 +120,10 @@ def test_an_index_follows_its_folder(
 ) -> None:
     """A picture that is gone and one that is another now: the chat says so, and diana-index puts it right."""
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "g.safetensors"
+    out = tmp_path / "g.lance"
     flags = ["--pretrained", str(pretrained), "--images", "own", "--out", str(out)]
     assert index_main(flags) == 0
-    first = load_file(out)["global"]
+    first = stored(out)[1]["feature"]
     (own / "0.png").unlink()
     shutil.copy(own / "2.png", own / "1.png")
     typed("quit\n")
@@ -140,36 +131,25 @@ def test_an_index_follows_its_folder(
     assert chat_main(chat) == 0
     assert f"1 of them are no longer where they were ({own / '0.png'})" in capsys.readouterr().err
     assert index_main(flags) == 0
-    assert "1 images added, 2 that changed or are gone dropped, 2 in all" in capsys.readouterr().out
-    with safe_open(out, framework="pt") as file:
-        paths = json.loads(file.metadata()["paths"])
+    assert last_line(capsys) == "added 0, updated 1, removed 1, skipped 0, total 2"
+    paths, features = stored(out)
     assert sorted(paths) == [str(own / "1.png"), str(own / "2.png")]
-    assert torch.allclose(load_file(out)["global"], first[[2, 2]], atol=1e-5)
+    assert torch.allclose(features["feature"], first[[2, 2]], atol=1e-5)
     (own / "1.png").unlink()
     assert index_main(flags) == 0
-    assert "0 images added, 1 that changed or are gone dropped, 1 in all" in capsys.readouterr().out
-
-
-def test_too_many_paths_are_told_before_anything_is_encoded(
-    pretrained: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("diana.chat.gallery._MOST_PATH_BYTES", 100)
-    monkeypatch.setattr("diana.chat.index._encode", None)
-    flags = ["--pretrained", str(pretrained), "--images", str(own), "--out", str(tmp_path / "g.safetensors")]
-    assert index_main(flags) == 2
-    assert "the paths of 3 images do not fit" in capsys.readouterr().err
+    assert last_line(capsys) == "added 0, updated 0, removed 1, skipped 0, total 1"
 
 
 def test_the_mark_tells_two_trainings_apart(pretrained: Path, tmp_path: Path) -> None:
     """Same configuration, same sizes, other weights."""
     other = tmp_path / "other"
     shutil.copytree(pretrained, other)
-    assert checkpoint_mark(other) == checkpoint_mark(pretrained)
+    assert diana_fingerprint(other, "all") == diana_fingerprint(pretrained, "all")
     weights = load_file(pretrained / "model.safetensors")
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     sizes = {(folder / "model.safetensors").stat().st_size for folder in (pretrained, other)}
     assert len(sizes) == 1
-    assert checkpoint_mark(other) != checkpoint_mark(pretrained)
+    assert diana_fingerprint(other, "all") != diana_fingerprint(pretrained, "all")
 
 
 def test_strange_bytes_are_left_out_and_ctrl_c_keeps_the_dialogue(
@@ -217,15 +197,13 @@ def test_a_scripted_conversation(
 
     # The first list is the ranking of the rendered dialogue by the sum of both similarities.
     model, tokenizer = load_diana(pretrained)
-    tensors = load_file(index)
+    paths, tensors = stored(index)
     rounds = [[{"from": "gpt", "value": PROMPT_POOL[0]}, {"from": "user", "value": "A woman in a red coat."}]]
     with torch.no_grad():
         tokens = encode(tokenizer, [render_dialogue(rounds)], 400, False)
         embed, dense = model.encode_text(**tokens)
-        scores = (torch.nn.functional.normalize(embed, dim=1) @ tensors["global"].T)[0]
-        scores = scores + model.refine_sim(model.refine(dense, tokens["attention_mask"]), tensors["attrs"])[0]
-    with safe_open(index, framework="pt") as file:
-        paths = json.loads(file.metadata()["paths"])
+        scores = (torch.nn.functional.normalize(embed, dim=1) @ tensors["feature"].T)[0]
+        scores = scores + model.refine_sim(model.refine(dense, tokens["attention_mask"]), tensors["attributes"])[0]
     listed = re.findall(r"^ +(\d+) +(-?[\d.]+)  (.*\.png)$", shown, re.MULTILINE)[:4]
     best = scores.topk(4).indices.tolist()
     assert [path for _, _, path in listed] == [paths[place] for place in best]
@@ -263,26 +241,13 @@ def test_an_index_of_another_checkpoint_is_refused(
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps({**config, "note": 1}), encoding="utf-8")
     assert chat_main(["--pretrained", str(other), "--index", str(index)]) == 2
-    assert "was made with another checkpoint" in capsys.readouterr().err
-    assert index_main(["--pretrained", str(other), "--images", str(tmp_path), "--out", str(index)]) == 2
-
-
-@pytest.mark.parametrize("cut", [0, 4, 40, 400, -1])
-def test_a_damaged_index_is_named(
-    cut: int, index: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(index.read_bytes()[:cut])
-    assert chat_main(["--pretrained", str(pretrained), "--index", str(damaged)]) == 2
-    said = capsys.readouterr().err
-    assert str(damaged) in said
-    assert len(said.strip().splitlines()) == 1
+    assert "holds no features of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--index", "nothing.safetensors"], "nothing.safetensors does not exist"),
+        (["--index", "nothing.lance"], "nothing.lance does not exist"),
         (["--base_url", "http://127.0.0.1:9/v1"], "--base_url needs --model"),
         (["--model", "m"], "OPENAI_API_KEY"),
         (["--pretrained", "no/such/folder"], "no/such/folder"),

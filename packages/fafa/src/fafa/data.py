@@ -207,23 +207,19 @@ class GalleryDataset(Dataset[tuple[int, Tensor]]):
         instance_ids: link a picture to the query it answers; -1 for a distractor.
         img_paths: the pictures.
         preprocess: picture to tensor.
-        as_shown: read a user's own pictures as a viewer shows them, see `tbps_common.images.read_image`.
 
     Raises:
         DatasetError: from an item whose picture cannot be read, after a few attempts.
     """
 
-    def __init__(
-        self, instance_ids: Sequence[int], img_paths: Sequence[str], preprocess: Transform, as_shown: bool = False
-    ):
+    def __init__(self, instance_ids: Sequence[int], img_paths: Sequence[str], preprocess: Transform):
         self.instance_ids, self.img_paths, self.preprocess = instance_ids, img_paths, preprocess
-        self.as_shown = as_shown
 
     def __len__(self) -> int:
         return len(self.instance_ids)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        image = read_image(self.img_paths[index], as_shown=self.as_shown)
+        image = read_image(self.img_paths[index])
         return self.instance_ids[index], self.preprocess(image)
 
 

@@ -153,14 +153,6 @@ class Extractor:
             dist.all_reduce(every)  # zero where another process has the numbers
         return every
 
-    def gallery_batches(self, dataset: Any) -> Iterator[tuple[int, Tensor]]:
-        """As `gallery`, one batch after the other with its place: for galleries whose features should not be held.
-
-        The model must be in evaluation mode, and nothing is shared with other processes.
-        """
-        for first, states in self._states(dataset, slice(0, len(dataset)), None, "images"):
-            yield first, self.model.target_features(states)
-
     def _encoded(
         self, dataset: Any, cache: StateCache | None, encode: Callable[[Tensor, int], Tensor], what: str
     ) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 from fafa.model.settings import MODEL_NAME
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, add_require_published_flag, number, whole_number
+from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 TRANSFORMS = ("squarepad", "targetpad", "resize")
 AMP_DTYPES = ("fp16", "bf16", "fp32")
@@ -314,14 +315,14 @@ downloaded model needs <dir>/training_hyperparameters.json and <dir>/saved_model
 INDEX = """\
 Compute the features of all images of a folder once, for fafa-search:
 
-  fafa-index --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --images FOLDER --out gallery.safetensors
+  fafa-index --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --images FOLDER --out people.lance
 
-An existing index is completed with the images missing from it.
+A gallery that exists is brought up to date with the folder: see tbps-index --help.
 """
 SEARCH = """\
 Find images of the person of a picture, with the changes that a sentence names, best first:
 
-  fafa-search --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --index gallery.safetensors \\
+  fafa-search --exp-dir RUN --model-name tuned_recall_at1_epoch.pt --gallery people.lance \\
     --image reference.jpg --text "now wearing a red coat"
 """
 
@@ -350,8 +351,7 @@ def index_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags of `fafa-index`."""
     parser = _parser(INDEX, "fafa-index")
     _add_run_flags(parser)
-    parser.add_argument("--images", required=True, help="folder of images, searched with its sub-folders")
-    parser.add_argument("--out", default="gallery.safetensors", help="index to write or to complete")
+    add_gallery_flags(parser)
     _add_loading_flags(parser)
     return parser.parse_args(argv)
 
@@ -360,11 +360,9 @@ def search_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags of `fafa-search`."""
     parser = _parser(SEARCH, "fafa-search")
     _add_run_flags(parser)
-    parser.add_argument("--index", default="gallery.safetensors", help="index of fafa-index")
     parser.add_argument("--image", required=True, help="picture of the person")
     parser.add_argument("--text", required=True, help="what should be different in the images to find")
-    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show")
-    parser.add_argument("--output", default="hits.png", help="picture to write")
+    add_hit_flags(parser, output="hits.png")
     return parser.parse_args(argv)
 
 

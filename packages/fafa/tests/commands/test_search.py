@@ -14,7 +14,7 @@ from fafa.model import Blip2FAFACPR
 from fafa.processors import BlipCaptionProcessor
 from fafa.transforms import squarepad_transform_test
 from tbps_common.images import read_image
-from tbps_common.search.gallery import GalleryIndex
+from tbps_common.search.gallery import list_galleries
 
 NAME = "tuned_last_recall_at1.pt"
 
@@ -34,11 +34,12 @@ def pictures(tmp_path: Path, toy: Path) -> Path:
 def test_search_finds_what_the_model_ranks_first(
     flags: list[str], pictures: Path, tmp_path: Path, toy: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, hits = tmp_path / "gallery.safetensors", tmp_path / "hits.png"
+    out, hits = tmp_path / "people.lance", tmp_path / "hits.png"
     assert index_main([*flags, "--images", str(pictures), "--out", str(out), "--num-workers", "0"]) == 0
-    gallery = GalleryIndex.open(out)
-    assert (gallery.package, gallery.reduce, gallery.k) == ("fafa", "topk_mean", 6)
-    assert gallery.features.shape == (len(gallery.paths), 8, 16)
+    (gallery,) = list_galleries(out)
+    (feature,) = gallery.features
+    assert (feature.reduce, feature.k, feature.shape) == ("topk_mean", 6, (8, 16))
+    paths = gallery.files()
     reference = toy / "syncpr" / "test1" / "sub_img" / "img_left" / "0-0_left.png"
     text = "Now wearing a BLUE coat!"
     capsys.readouterr()
@@ -55,10 +56,10 @@ def test_search_finds_what_the_model_ranks_first(
     with torch.no_grad():
         image = transform(read_image(reference))[None]
         query = model.forward_query(image, [BlipCaptionProcessor()(text)])
-        images = torch.stack([transform(read_image(path)) for path in gallery.paths])
+        images = torch.stack([transform(read_image(path)) for path in paths])
         scores = topk_mean_similarity(query, model.extract_target_features(images)[0], 6)[0]
     best = scores.sort(descending=True, stable=True)
-    assert [row[2] for row in found] == [gallery.paths[place] for place in best.indices[:3].tolist()]
+    assert [row[2] for row in found] == [paths[place] for place in best.indices[:3].tolist()]
     assert [float(row[1]) for row in found] == pytest.approx(best.values[:3].tolist(), abs=1e-3)
     with Image.open(hits) as picture:
         assert min(picture.size) > 200
@@ -67,16 +68,15 @@ def test_search_finds_what_the_model_ranks_first(
 def test_index_is_completed_not_computed_again(
     flags: list[str], pictures: Path, tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "gallery.safetensors"
+    out = tmp_path / "people.lance"
     more = ["--images", str(pictures), "--out", str(out), "--num-workers", "0", "--batch-size", "2"]
     assert index_main([*flags, *more]) == 0
-    before = GalleryIndex.open(out)
-    count, features = len(before), before.features.clone()
+    before = list_galleries(out)[0].table.search().to_arrow()["tokens"].to_pylist()
     shutil.copyfile(toy / "itcpr" / "LAST" / "000009" / "9_9.png", pictures / "new.png")
     assert index_main([*flags, *more]) == 0
-    assert f"1 images added, {count} there already" in capsys.readouterr().out
-    after = GalleryIndex.open(out)
-    assert torch.equal(after.features[:count], features)
+    last = f"added 1, updated 0, removed 0, skipped 0, total {len(before) + 1}"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert list_galleries(out)[0].table.search().to_arrow()["tokens"].to_pylist()[:-1] == before
 
 
 def test_index_of_another_model_is_refused(
@@ -88,12 +88,12 @@ def test_index_of_another_model_is_refused(
     content = torch.load(path, weights_only=True)
     content["model"]["text_proj.weight"] += 1
     torch.save(content, path)
-    out = tmp_path / "gallery.safetensors"
+    out = tmp_path / "people.lance"
     assert index_main([*flags, "--images", str(pictures), "--out", str(out), "--num-workers", "0"]) == 0
     picture = next(pictures.rglob("*.png"))
     more = ["--index", str(out), "--image", str(picture), "--text", "in red", "--output", str(tmp_path / "hits.png")]
     assert search_main([*flags, *more, "--exp-dir", str(other)]) == 2
-    assert "was made by model" in capsys.readouterr().err
+    assert "holds no features of" in capsys.readouterr().err
     assert not (tmp_path / "hits.png").exists()
 
 
@@ -124,9 +124,9 @@ def test_pictures_stored_lying_are_read_as_they_are_shown(
     with Image.open(next(pictures.rglob("*.*g"))) as image:
         image.save(folder / "upright.png")
         image.transpose(Image.Transpose.ROTATE_90).save(folder / "lying.png", exif=exif)
-    out = tmp_path / "gallery.safetensors"
+    out = tmp_path / "people.lance"
     assert index_main([*flags, "--images", str(folder), "--out", str(out), "--num-workers", "0"]) == 0
-    lying, straight = torch.as_tensor(GalleryIndex.open(out).features[:])
+    lying, straight = map(torch.tensor, list_galleries(out)[0].table.search().to_arrow()["tokens"].to_pylist())
     torch.testing.assert_close(lying, straight)
 
     def scores(reference: str) -> list[str]:

@@ -18,6 +18,7 @@ from tbps_common.run.arguments import (
     number,
     whole_number,
 )
+from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 DISTS = ("f4", "m0", "m1", "gpu0", "gpu1", "gpu2", "gpu3")
 
@@ -47,14 +48,14 @@ One process of a run, as run.py starts it; also works alone, or under torchrun a
 INDEX_DESCRIPTION = """\
 Compute the features of all images of a folder once, for mra-search:
 
-  mra-index --checkpoint data/checkpoint/ft_cuhk.pth --images FOLDER --out gallery.safetensors
+  mra-index --checkpoint data/checkpoint/ft_cuhk.pth --images FOLDER --out people.lance
 
-An existing index is completed with the images missing from it.
+A gallery that exists is brought up to date with the folder: see tbps-index --help.
 """
 SEARCH_DESCRIPTION = """\
-Find the images of an index that fit a sentence, best first:
+Find the images of a gallery that fit a sentence, best first:
 
-  mra-search --checkpoint data/checkpoint/ft_cuhk.pth --index gallery.safetensors --text "a man with a red backpack"
+  mra-search --checkpoint data/checkpoint/ft_cuhk.pth --gallery people.lance --text "a man with a red backpack"
 
 With --rerank 32 the fusion encoder judges the 32 most similar images (their files are read again for it), which is
 slower and more accurate.
@@ -211,8 +212,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
 def build_index_parser() -> argparse.ArgumentParser:
     """The parser of `mra-index`."""
     parser = _search_parser("mra-index", INDEX_DESCRIPTION)
-    parser.add_argument("--images", required=True, help="folder of images, searched with its sub-folders")
-    parser.add_argument("--out", default="gallery.safetensors", help="index to write or to complete")
+    add_gallery_flags(parser)
     parser.add_argument("--batch_size", type=whole_number(1), help="images encoded at once (default: batch_size_test)")
     parser.add_argument("--num_workers", type=whole_number(0), default=4, help="processes that load images")
     return parser
@@ -221,13 +221,11 @@ def build_index_parser() -> argparse.ArgumentParser:
 def build_search_parser() -> argparse.ArgumentParser:
     """The parser of `mra-search`."""
     parser = _search_parser("mra-search", SEARCH_DESCRIPTION)
-    parser.add_argument("--index", default="gallery.safetensors", help="index of mra-index")
     parser.add_argument("--text", required=True, help="description of the person to look for")
-    parser.add_argument("--topk", type=whole_number(1), default=10, help="images to show")
     parser.add_argument(
         "--rerank", type=whole_number(0), default=0, help="most similar images that the fusion encoder judges; 0: none"
     )
-    parser.add_argument("--output", default="hits.png", help="picture to write")
+    add_hit_flags(parser, output="hits.png")
     return parser
 
 

@@ -17,3 +17,27 @@ def model_main(argv: list[str]) -> int:
     from tbps_common.models.commands import main
 
     return main(argv)
+
+
+@command
+def index_main(argv: list[str]) -> int:
+    """`tbps-index`: bring a gallery up to date with the pictures on the disk, or delete from it."""
+    from tbps_common.search.options import check_index_flags, index_parser
+
+    flags = index_parser().parse_args(argv)
+    check_index_flags(flags)
+    from tbps_common.search.commands import index
+
+    return index(flags)
+
+
+@command
+def search_main(argv: list[str]) -> int:
+    """`tbps-search`: ask a gallery."""
+    from tbps_common.search.options import check_search_flags, search_parser
+
+    flags = search_parser().parse_args(argv)
+    check_search_flags(flags)
+    from tbps_common.search.commands import search
+
+    return search(flags)

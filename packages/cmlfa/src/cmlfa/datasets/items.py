@@ -98,7 +98,6 @@ class ImageDataset(Dataset[tuple[int, Any]]):
         image_pids: one per image.
         img_paths: of the files.
         transform: applied to the RGB picture.
-        as_shown: read a user's own pictures as a viewer shows them, see `tbps_common.images.read_image`.
     """
 
     def __init__(
@@ -106,10 +105,8 @@ class ImageDataset(Dataset[tuple[int, Any]]):
         image_pids: Sequence[int],
         img_paths: Sequence[str],
         transform: Transform | None = None,
-        as_shown: bool = False,
     ):
         self.image_pids = image_pids
-        self.as_shown = as_shown
         self.img_paths = img_paths
         self.transform = transform
 
@@ -117,7 +114,7 @@ class ImageDataset(Dataset[tuple[int, Any]]):
         return len(self.image_pids)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        image = read_image(self.img_paths[index], as_shown=self.as_shown)
+        image = read_image(self.img_paths[index])
         return self.image_pids[index], image if self.transform is None else self.transform(image)
 
 

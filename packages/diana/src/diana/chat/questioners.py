@@ -13,9 +13,7 @@ from tbps_common.pipeline import BadReply, ChatClient, Rejected, RequestFailed, 
 
 Round = list[dict[str, str]]
 Score = Callable[[Sequence[Sequence[Round]]], Tensor]
-"""Dialogues -> scores `[number of dialogues, N]` of all images."""
-
-CANDIDATES = 256
+"""Dialogues -> scores `[number of dialogues, N]` of the most likely images."""
 
 
 class Questioner(Protocol):
@@ -66,9 +64,7 @@ class InformationGain:
         ]
         scores = self._score([rounds, *hypothetical]).double()
         before, after = scores[0], scores[1:]
-        best = before.topk(min(CANDIDATES, len(before))).indices
-        belief = (self._scale * before[best]).softmax(dim=0)
-        after = after[:, best]
+        belief = (self._scale * before).softmax(dim=0)
         after = after - after.mean(dim=1, keepdim=True)
         gains, start = [], 0
         for question in questions:

@@ -64,7 +64,7 @@ class PictureRow:
 class Hit:
     """One retrieved image; `correct` is `None` where nobody knows (a search in one's own folder)."""
 
-    image: ImagePath
+    image: ImagePath | Image.Image
     score: float
     correct: bool | None = None
 
@@ -74,7 +74,7 @@ class RankedQuery:
     """A query (text, image, or both) and what it found, best first; `truth` is an image that should be found."""
 
     text: str | None = None
-    image: ImagePath | None = None
+    image: ImagePath | Image.Image | None = None
     hits: Sequence[Hit] = ()
     truth: ImagePath | None = None
 

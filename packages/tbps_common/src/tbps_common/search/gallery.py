@@ -1,414 +1,552 @@
-"""A gallery index: image features, image paths and the model's fingerprint in one memory-mapped safetensors file.
+"""A gallery: a folder that LanceDB keeps, with one table of features for every model that indexed pictures into it.
 
-Layout of the file (readable by any safetensors reader):
+A row is the picture of one person. Its columns:
 
-* tensor `features` `[N, D]`, `[N, T, D]` (token sets) or `[N, K, C]` (attributes), float32 or float16;
-* tensor `path_bytes` (uint8): the paths in UTF-8 one after the other, then zeros up to a multiple of 8;
-* tensor `path_ends` (int64) `[N]`: where each path ends;
-* metadata (strings): `format`, `package`, `fingerprint`, `reduce`, `k`, and `root` if the paths are relative to it.
+* `key` (the primary key) and `path`: of the picture file, relative to the gallery's root; a file in which several
+  persons were detected has several rows, with the keys `PATH//0`, `PATH//1`, ...;
+* `size` and `mtime_ns`: of the file when it was encoded; any other stamp means that it changed;
+* `problem`: why the file has no features, null where it has. Such rows keep a file from being tried again in every run;
+* `frame` and `box` (left, top, right, bottom in pixels): where the person was cut out, null for a whole picture;
+* `ann`: the mean of a picture's tokens, for the database's index of token sets;
+* the model's features, each a list of fixed size (the shape is in the table's metadata), float32 or float16;
+* the columns of `--metadata`.
 
-The features come first, so that a file is written in one pass while the model encodes: the header is reserved, filled
-with spaces (as the format allows), and written last. Neither writing nor searching ever holds all features in memory.
+A table per model and not columns per model: a model's pictures, their features and their metadata change in one commit,
+no row is half empty because another model has not seen the picture yet, and a filter needs no join. What is stored twice
+is small beside the features. LanceDB refuses concurrent commits that insert one key twice, so writers need no lock.
 """
 
+import errno
 import json
 import os
-import struct
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import numpy as np
+import lancedb
+import pyarrow as pa
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tbps_common.errors import GalleryError
-from tbps_common.files import atomic_path
-from tbps_common.images import SUFFIXES
+from tbps_common.errors import GalleryError, InputError
+from tbps_common.ranking import best_of_rows, score_rows
+from tbps_common.search.retriever import Feature, Features, Retriever
 
-FORMAT = "tbps-gallery/1"
+FORMAT = "tbps-gallery/2"
+OWN_COLUMNS = ("key", "path", "size", "mtime_ns", "problem", "frame", "box", "ann")
+CREATE = "tbps-index --model MODEL --images FOLDER --out"
 
-Batches = Iterable[tuple[list[str], Tensor]]
-
-_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
-_SCORE_BYTES = 128 << 20
-_SHOWN_DIGITS = 12
-
-
-def find_images(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of all images under a folder, sorted; hidden files and folders are left out.
-
-    Linked folders are entered, each real folder once, so that a link upwards does not go round in circles.
-
-    Returns:
-        `folder` joined with the relative path of each image.
-
-    Raises:
-        GalleryError: the folder is absent or cannot be read, or there is no image.
-    """
-    root = os.fspath(folder)
-    if not os.path.isdir(root):
-        raise GalleryError(f"Image folder {root} does not exist; give the folder that holds the images.")
-    seen: set[str] = set()
-    found: list[str] = []
-    for current, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        real = os.path.realpath(current)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = (name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES))
-        found.extend(path for path in (os.path.join(current, name) for name in names) if os.path.isfile(path))
-    if not found:
-        raise GalleryError(f"There are no images under {root} (looked for {', '.join(SUFFIXES)}); give another folder.")
-    return sorted(found)
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise GalleryError(f"Folder {error.filename} cannot be read ({error.strerror}); check its permissions.") from error
-
-
-class GalleryIndex:
-    """An open index. `features` is a memory map: rows are read from the disk when they are used.
-
-    Attributes:
-        path: the file.
-        features: `[N, ...]`, float32 or float16.
-        paths: N image paths, as they were given when indexing.
-        package: which package computed the features.
-        fingerprint: of the model that did (`tbps_common.run.checkpoint.fingerprint`).
-        reduce: how scores are made from the features (`tbps_common.ranking.score_rows`).
-        k: tokens averaged by `reduce="topk_mean"`.
-        root: folder that the paths are relative to, if any.
-        skipped: images left out by the last `build` or `append` because their path was there already.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], features: Tensor, paths: list[str], metadata: "_Metadata") -> None:
-        self.path = Path(path)
-        self.features = features
-        self.paths = paths
-        self.package = metadata.package
-        self.fingerprint = metadata.fingerprint
-        self.reduce = metadata.reduce
-        self.k = metadata.k
-        self.root = metadata.root
-        self.skipped = 0
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image_path(self, position: int) -> str:
-        """Where the image at a position of the index lies: its path, under `root` if there is one."""
-        return os.path.join(self.root, self.paths[position]) if self.root else self.paths[position]
-
-    @classmethod
-    def build(
-        cls,
-        path: str | os.PathLike[str],
-        batches: Batches,
-        *,
-        fingerprint: str,
-        package: str,
-        reduce: str = "dot",
-        k: int = 6,
-        root: str | os.PathLike[str] | None = None,
-    ) -> "GalleryIndex":
-        """Write a new index, whole or not at all, and open it.
-
-        Args:
-            path: file to write; an existing index is replaced when the new one is complete.
-            batches: yields the paths and features `[len(paths), ...]` of some images at a time; float16 is kept, other
-                floating types become float32. A path met before is left out and counted in `skipped`.
-            fingerprint: of the model, so that queries of another one can be refused.
-            package: import name of the package that computes the features.
-            reduce: how scores are made from the features.
-            k: tokens averaged by `reduce="topk_mean"`.
-            root: folder that the paths are relative to.
-
-        Raises:
-            GalleryError: there is no image, or the features are not finite or differ in shape.
-            OSError: the disk is full; nothing is left behind.
-        """
-        metadata = _Metadata(package, fingerprint, reduce, k, None if root is None else os.fspath(root))
-        with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-            writer = _Writer(stream, metadata)
-            writer.add_all(batches)
-            writer.finish()
-        index = cls.open(path, fingerprint=fingerprint)
-        index.skipped = writer.skipped
-        return index
-
-    def append(self, batches: Batches) -> "GalleryIndex":
-        """Add images. The file is replaced by the longer one when that is complete; batches and errors as for `build`.
-
-        Returns:
-            This index, now with the images added.
-        """
-        metadata = _Metadata(self.package, self.fingerprint, self.reduce, self.k, self.root)
-        with atomic_path(self.path) as temporary, open(temporary, "wb") as stream:
-            writer = _Writer(stream, metadata)
-            writer.copy(self.path, self)
-            writer.add_all(batches)
-            writer.finish()
-        longer = GalleryIndex.open(self.path, fingerprint=self.fingerprint)
-        self.features, self.paths, self.skipped = longer.features, longer.paths, writer.skipped
-        return self
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], *, fingerprint: str | None = None) -> "GalleryIndex":
-        """Open an index without reading its features.
-
-        Args:
-            path: the file.
-            fingerprint: of the model that will encode the queries; `None` does not compare.
-
-        Raises:
-            GalleryError: the file is absent, damaged, no gallery index, or made by another model.
-        """
-        file = Path(path)
-        if not file.is_file():
-            raise GalleryError(f"Gallery index {file} does not exist; build it with the package's index command.")
-        try:
-            with safe_open(file, framework="pt") as content:
-                metadata = _Metadata.parse(file, content.metadata())
-                missing = {"features", "path_bytes", "path_ends"} - set(content.keys())
-                if missing:
-                    raise GalleryError(f"{file} is missing {sorted(missing)[0]!r}; build the index again.")
-                features = content.get_tensor("features")
-                paths = _decode_paths(file, content.get_tensor("path_bytes"), content.get_tensor("path_ends"))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise GalleryError(
-                f"{file} is damaged or not a gallery index ({reason}); build the index again."
-            ) from error
-        if features.dtype not in _DTYPES or features.dim() not in (2, 3) or len(features) != len(paths):
-            shape = list(features.shape)
-            raise GalleryError(f"{file} holds {len(paths)} paths but features {shape}; build the index again.")
-        if fingerprint is not None and fingerprint != metadata.fingerprint:
-            raise GalleryError(
-                f"{file} was made by model {metadata.fingerprint[:_SHOWN_DIGITS]} of {metadata.package}, the query comes "
-                f"from model {fingerprint[:_SHOWN_DIGITS]}; use the checkpoint of the index, or build the index again."
-            )
-        return cls(file, features, paths, metadata)
-
-    def search(
-        self, query_feats: Tensor, topk: int = 10, *, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Best images for each query; among equal scores the earlier image of the index comes first.
-
-        Args:
-            query_feats: `[Q, D]`, or `[Q, K, C]` for attribute features, normalised as the gallery was.
-            topk: how many images per query.
-            device: where to score; by default where the queries are.
-
-        Returns:
-            Positions (int64) and scores, each `[Q, min(topk, N)]` on the CPU, best first.
-
-        Raises:
-            ValueError: the query does not fit the features, or either holds NaN or infinity.
-        """
-        from tbps_common.ranking import best_of_rows, score_rows
-
-        place = query_feats.device if device is None else device
-        rows = score_rows(query_feats, self.features, reduce=self.reduce, k=self.k, device=place)
-        step = max(1, _SCORE_BYTES // (4 * len(self)))
-        found = [
-            best_of_rows(rows(start, min(start + step, len(query_feats))), topk)
-            for start in range(0, len(query_feats), step)
-        ]
-        scores, indices = (torch.cat(parts).cpu() for parts in zip(*found))
-        if not bool(torch.isfinite(scores).all()):
-            raise GalleryError(f"Scores against {self.path} hold NaN or infinity; check the checkpoint of the query.")
-        return indices, scores
-
-
-def complete_index(
-    path: str | os.PathLike[str],
-    images: Sequence[str],
-    encode: Callable[[list[str]], Batches],
-    *,
-    fingerprint: str,
-    package: str,
-    reduce: str = "dot",
-    k: int = 6,
-) -> str:
-    """Write an index of the images or, where there is one already, add the images that it lacks.
-
-    Args:
-        path: the index file.
-        images: paths of all images that it should hold.
-        encode: yields paths and features of the images that it is given, batch by batch.
-        fingerprint: of the model.
-        package: import name of the package that computes the features.
-        reduce: how scores are made from the features; an index that exists must have the same.
-        k: tokens averaged by `reduce="topk_mean"`; likewise.
-
-    Returns:
-        A sentence for the user: how many images were added, and how many there are.
-
-    Raises:
-        GalleryError: the existing index is damaged, or was made by another model or with another rule for scores.
-        OSError: the disk is full; an existing index stays as it was.
-    """
-    file = Path(path)
-    if not file.exists():
-        index = GalleryIndex.build(
-            file, encode(list(images)), fingerprint=fingerprint, package=package, reduce=reduce, k=k
-        )
-        return f"{file}: {len(index)} images"
-    index = GalleryIndex.open(file, fingerprint=fingerprint)
-    if (index.reduce, index.k) != (reduce, k):
-        raise GalleryError(
-            f"{file} was made with {index.reduce} scores (k {index.k}), and {reduce} (k {k}) is wanted now; "
-            "write to another file, or build the index again."
-        )
-    known = set(index.paths)
-    new = [image for image in images if image not in known]
-    if new:
-        index.append(encode(new))
-    return f"{file}: {len(new)} images added, {len(images) - len(new)} there already, {len(index)} in all"
+_BLOCK_BYTES = 8 << 20
+_DIGITS = 16
+_MOST_FILTER = 10_000
+# File names need not be Unicode, but a database's strings must: Python's stand-ins for single bytes (U+DC80 and
+# following) are stored as characters for private use, and come back as what they were.
+_TO_STORE = {0xDC00 + byte: 0xF700 + byte for byte in range(0x80, 0x100)}
+_FROM_STORE = {stored: name for name, stored in _TO_STORE.items()}
 
 
 @dataclass(frozen=True)
-class _Metadata:
-    package: str
+class Gallery:
+    """The pictures that one model indexed.
+
+    Attributes:
+        path: the database folder (or its address on object storage).
+        table: of LanceDB, as it was when it was opened.
+        model: name of the model, as it was given when indexing.
+        fingerprint: of the model.
+        root: folder that the paths are relative to.
+        features: what a row holds.
+        detect: how persons were cut out of the pictures; empty for whole pictures.
+    """
+
+    path: str
+    table: Any
+    model: str
     fingerprint: str
-    reduce: str
-    k: int
-    root: str | None
+    root: str
+    features: tuple[Feature, ...]
+    detect: str = ""
 
-    def as_strings(self) -> dict[str, str]:
-        fields = {"package": self.package, "fingerprint": self.fingerprint, "reduce": self.reduce, "k": str(self.k)}
-        return {"format": FORMAT, **fields, **({} if self.root is None else {"root": self.root})}
+    def __len__(self) -> int:
+        return int(self.table.count_rows("problem IS NULL"))
 
-    @classmethod
-    def parse(cls, file: Path, metadata: dict[str, str] | None) -> "_Metadata":
-        entries = metadata or {}
-        if entries.get("format") != FORMAT:
-            found = entries.get("format", "nothing")
-            raise GalleryError(f"{file} is not a gallery index of format {FORMAT} (found: {found}); build it again.")
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The columns of the user's metadata."""
+        inside = {*OWN_COLUMNS, *(feature.name for feature in self.features)}
+        return {field.name: field.type for field in self.table.schema if field.name not in inside}
+
+    def files(self) -> list[str]:
+        """All picture files, in the order of the rows."""
+        with explained(self.path):
+            stored = self.table.search().where("problem IS NULL").select(["path"]).to_arrow()["path"].to_pylist()
+        return [self.file(name) for name in dict.fromkeys(stored)]
+
+    def file(self, stored: str) -> str:
+        """Where the picture file of a stored path lies."""
+        return os.path.normpath(os.path.join(self.root, stored.translate(_FROM_STORE)))
+
+    def stored_path(self, file: str) -> str:
+        """The name of a file in the gallery: its real path relative to the root's, so that links count once."""
+        return os.path.relpath(os.path.realpath(file), os.path.realpath(self.root)).translate(_TO_STORE)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found.
+
+    Attributes:
+        key: of the row.
+        path: of the picture file.
+        score: of the query and the picture.
+        frame: of a video, counted from 0.
+        box: left, top, right, bottom of the person in the file's picture, in pixels.
+        data: the user's metadata.
+    """
+
+    key: str
+    path: str
+    score: float
+    frame: int | None
+    box: tuple[int, int, int, int] | None
+    data: dict[str, Any]
+
+
+def list_galleries(path: str | os.PathLike[str], *, empty: bool = False) -> list[Gallery]:
+    """The galleries of all models in a database.
+
+    Args:
+        path: of the database.
+        empty: a database without any is no error.
+
+    Raises:
+        GalleryError: there is no database, it is damaged, or it is a file of the old format.
+    """
+    database = connect(path)
+    with explained(path):
+        names, page = [], None
+        while True:
+            response = database.list_tables(page_token=page, limit=100)
+            names += response.tables
+            page = response.page_token
+            if not page:
+                break
+    galleries = [gallery for name in names if (gallery := _opened(path, database, name))]
+    if not galleries and not empty:
+        raise GalleryError(f"{os.fspath(path)} holds no gallery: build one with {CREATE} {os.fspath(path)}")
+    return galleries
+
+
+def open_gallery(path: str | os.PathLike[str], model: Retriever) -> Gallery:
+    """The gallery of a model.
+
+    Raises:
+        GalleryError: as `list_galleries`, or the model indexed nothing there.
+    """
+    # How scores are made is the model's affair: it may average another number of tokens than when it indexed.
+    return replace(find_gallery(path, model.name, model.fingerprint), features=model.features)
+
+
+def find_gallery(path: str | os.PathLike[str], name: str, fingerprint: str) -> Gallery:
+    """The gallery of a model that is not loaded; errors as for `open_gallery`."""
+    galleries = list_galleries(path)
+    for gallery in galleries:
+        if gallery.fingerprint == fingerprint:
+            return gallery
+    known = ", ".join(f"{gallery.model} ({gallery.fingerprint[:8]})" for gallery in galleries)
+    raise GalleryError(
+        f"{os.fspath(path)} holds no features of {name} ({fingerprint[:8]}), only those of {known}: use that model, or index "
+        f"with tbps-index --model {name} --images FOLDER --out {os.fspath(path)}"
+    )
+
+
+def create_gallery(
+    path: str | os.PathLike[str], model: Retriever, root: str, *, half: bool = False, detect: str = ""
+) -> Gallery:
+    """The gallery of a model, made if it is not there yet.
+
+    Args:
+        path: of the database.
+        model: whose features it holds.
+        root: folder of the pictures.
+        half: store float16.
+        detect: how persons are cut out of the pictures.
+
+    Raises:
+        GalleryError: `path` is no database.
+        OSError: it cannot be written.
+    """
+    value = pa.float16() if half else pa.float32()
+    fields = [
+        pa.field("key", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"}),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("size", pa.int64()),
+        pa.field("mtime_ns", pa.int64()),
+        pa.field("problem", pa.string()),
+        pa.field("frame", pa.int64()),
+        pa.field("box", pa.list_(pa.int32(), 4)),
+        *(pa.field(one.name, pa.list_(value, _length(one))) for one in model.features),
+    ]
+    if len(model.features[0].shape) > 1:
+        fields.append(pa.field("ann", pa.list_(pa.float32(), model.features[0].shape[-1])))
+    about = {
+        "format": FORMAT,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "root": os.path.realpath(root).translate(_TO_STORE),
+        "features": json.dumps([asdict(one) for one in model.features]),
+        "detect": detect,
+    }
+    name = f"{re.sub(r'[^a-z0-9]+', '', model.name.partition(':')[0].lower()) or 'model'}-{model.fingerprint[:_DIGITS]}"
+    with explained(path):
+        database = connect(path, create=True)
+        database.create_table(name, schema=pa.schema(fields, metadata=about), exist_ok=True)
+    gallery = _opened(path, database, name)
+    assert gallery is not None
+    return gallery
+
+
+def rank(
+    gallery: Gallery,
+    queries: Features,
+    topk: int,
+    *,
+    where: str | None = None,
+    ann: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rows for each query, exactly, streamed from the disk in bounded memory.
+
+    Args:
+        gallery: what is searched.
+        queries: `[Q, ...]` features.
+        topk: rows wanted.
+        where: SQL condition on the columns.
+        ann: how many candidates per query the database's index proposes; 0 scores every row.
+        device: where to score; by default where the queries are.
+
+    Returns:
+        Scores and row numbers (int64) `[Q, min(topk, N)]`, best first, among equal scores the row that was written
+        first; and each query's lowest score `[Q]`. All on the CPU.
+
+    Raises:
+        GalleryError: `where` is no condition on these columns; with `ann`, there is no index.
+        ValueError: the queries do not fit the features, or hold NaN or infinity.
+    """
+    condition = check_filter(gallery, where)
+    count = len(next(iter(queries.values())))
+    if ann:
+        parts = [
+            _ranked(
+                gallery,
+                {name: part[one : one + 1] for name, part in queries.items()},
+                _rows(gallery, _candidates(gallery, queries, one, max(ann, topk), condition)),
+                topk,
+                device,
+            )
+            for one in range(count)
+        ]
+        width = max(scores.shape[1] for scores, _, _ in parts)
+        padded = [
+            (
+                torch.nn.functional.pad(scores, (0, width - scores.shape[1]), value=float("-inf")),
+                torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=-1),
+                lowest,
+            )
+            for scores, rows, lowest in parts
+        ]
+        joined = tuple(torch.cat(column) for column in zip(*padded))
+        return joined[0], joined[1], joined[2]
+    return _ranked(gallery, queries, _blocks(gallery, condition), topk, device)
+
+
+def _ranked(
+    gallery: Gallery,
+    queries: Features,
+    blocks: Iterator[tuple[Tensor, Features]],
+    topk: int,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = len(next(iter(queries.values())))
+    best = torch.empty(count, 0)
+    best_rows = torch.empty(count, 0, dtype=torch.int64)
+    lowest = torch.full((count,), float("inf"))
+    for rows, block in blocks:
+        scores = scores_of(gallery.features, queries, block, device)
+        lowest = torch.minimum(lowest, scores.amin(dim=1).cpu())
+        values, columns = (part.cpu() for part in best_of_rows(scores, topk))
+        # Equal scores keep the order of the rows: those met before come first, and the sort is stable.
+        best, order = torch.sort(torch.cat([best, values], dim=1), dim=1, descending=True, stable=True)
+        best_rows = torch.cat([best_rows, rows[columns]], dim=1).gather(1, order)[:, :topk]
+        best = best[:, :topk]
+    return best, best_rows, lowest
+
+
+def scores_of(
+    features: Sequence[Feature], queries: Features, pictures: Features, device: torch.device | str | None = None
+) -> Tensor:
+    """Scores `[Q, N]`: the sum over all features."""
+    scores = None
+    for one in features:
+        rows = score_rows(
+            queries[one.name],
+            pictures[one.name],
+            reduce=one.reduce,
+            k=one.k,
+            device=queries[one.name].device if device is None else device,
+        )
+        part = rows(0, rows.num_queries)
+        scores = part if scores is None else scores + part
+    assert scores is not None
+    return scores
+
+
+def read_rows(gallery: Gallery, rows: Sequence[int]) -> tuple[list[dict[str, Any]], Features]:
+    """Of some rows, in the order given: all columns but the features, and the features."""
+    others = [name for name in gallery.table.schema.names if name not in {one.name for one in gallery.features}]
+    with explained(gallery.path):
+        columns = [*others, *(one.name for one in gallery.features)]
+        table = gallery.table.take_row_ids(list(rows)).select(columns).with_row_id().to_arrow()
+    places = {row: place for place, row in enumerate(table["_rowid"].to_pylist())}
+    table = table.take([places[row] for row in rows])
+    return table.select(others).to_pylist(), _features_of(gallery, table.combine_chunks())
+
+
+def hits_of(gallery: Gallery, rows: Sequence[int], scores: Sequence[float]) -> list[Hit]:
+    """What is known of some rows, as hits."""
+    if not rows:
+        return []
+    found = []
+    for record, score in zip(read_rows(gallery, rows)[0], scores):
+        box = tuple(record["box"]) if record["box"] else None
+        data = {name: record[name] for name in gallery.columns}
+        found.append(Hit(record["key"], gallery.file(record["path"]), score, record["frame"], box, data))
+    return found
+
+
+def _blocks(gallery: Gallery, condition: str | None) -> Iterator[tuple[Tensor, Features]]:
+    """Row numbers and features of all rows that have some, a few megabytes at a time."""
+    names = [one.name for one in gallery.features]
+    size = sum(
+        gallery.table.schema.field(one.name).type.value_type.bit_width // 8 * _length(one) for one in gallery.features
+    )
+    with explained(gallery.path):
+        query = gallery.table.search().select(["problem", *names]).with_row_id(True)
+        if condition:
+            query = query.where(condition)
+        for batch in query.to_batches(max(48, _BLOCK_BYTES // size)):
+            if batch["problem"].null_count < len(batch):
+                batch = batch.filter(batch["problem"].is_null())
+            if len(batch):
+                yield torch.from_numpy(batch["_rowid"].to_numpy().astype("int64")), _features_of(gallery, batch)
+
+
+def _rows(gallery: Gallery, rows: list[int]) -> Iterator[tuple[Tensor, Features]]:
+    if rows:
+        yield torch.tensor(rows), read_rows(gallery, rows)[1]
+
+
+def _features_of(gallery: Gallery, batch: Any) -> Features:
+    found = {}
+    for one in gallery.features:
+        column = batch[one.name]
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        found[one.name] = torch.from_dlpack(column.flatten()).view(-1, *one.shape)
+    return found
+
+
+def _candidates(gallery: Gallery, queries: Features, query: int, count: int, condition: str | None) -> list[int]:
+    """Row numbers, in the order of the rows."""
+    column = ann_column(gallery)
+    if not has_index(gallery):
+        raise GalleryError(f"{gallery.path} has no index for --ann: build it with tbps-index ... --ann")
+    with explained(gallery.path):
+        vector = queries[gallery.features[0].name][query].float().numpy()
+        search = gallery.table.search(vector, vector_column_name=column)
+        search = search.distance_type("dot").limit(count).with_row_id(True).select(["key"])
+        if condition:
+            search = search.where(condition, prefilter=True)
+        return sorted(search.to_arrow()["_rowid"].to_pylist())
+
+
+def ann_column(gallery: Gallery) -> str:
+    """The column that the database's index is made of."""
+    return "ann" if len(gallery.features[0].shape) > 1 else gallery.features[0].name
+
+
+def has_index(gallery: Gallery) -> bool:
+    """Whether there is an index for `ann`."""
+    with explained(gallery.path):
+        return any(ann_column(gallery) in index.columns for index in gallery.table.list_indices())
+
+
+def row_numbers(gallery: Gallery) -> Tensor:
+    """Row numbers of all pictures, in their order."""
+    with explained(gallery.path):
+        found = gallery.table.search().where("problem IS NULL").select(["key"]).with_row_id(True).to_arrow()
+    return torch.from_numpy(found["_rowid"].to_numpy().astype("int64"))
+
+
+def check_filter(gallery: Gallery, where: str | None) -> str | None:
+    """The user's condition, safe to hand to the database, which evaluates conditions only and reads no files for them.
+
+    Raises:
+        InputError: it is no condition on the gallery's columns.
+    """
+    if where is None:
+        return None
+    outside = re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`", " ", where)
+    if not where.strip() or len(where) > _MOST_FILTER:
+        raise InputError(f"--where must be a condition of 1 to {_MOST_FILTER} characters, such as \"camera = 'cam_a'\"")
+    if any(mark in outside for mark in (";", "--", "/*", "'", '"', "`")) or not _is_balanced(outside):
+        raise InputError(
+            f"--where {where!r} must be one condition, without comments, ';', open quotation marks or open brackets"
+        )
+    # SQL compares a date with text, this database wants to be told that the text is one.
+    dated = re.sub(
+        r"(?<!timestamp )(?<!date )('\d{4}-\d{2}-\d{2}(?:[ T]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?)?')",
+        r"timestamp \1",
+        where,
+        flags=re.IGNORECASE,
+    )
+    problem: Exception | None = None
+    for condition in dict.fromkeys(
+        (f"({where})", f"({dated})")
+    ):  # in brackets, or words after its end would be ignored
         try:
-            return cls(
-                entries["package"], entries["fingerprint"], entries["reduce"], int(entries["k"]), entries.get("root")
-            )
-        except (KeyError, ValueError) as error:
-            raise GalleryError(f"{file} has an incomplete header ({error}); build the index again.") from error
+            gallery.table.search().where(condition).select(["key"]).explain_plan()
+            return condition
+        except Exception as error:
+            problem = error
+    kinds = ", ".join(f"{name} ({kind})" for name, kind in {"path": "string", **gallery.columns}.items())
+    reason = (
+        re.sub(r",? ?/\S*\.rs.*", "", str(problem).splitlines()[0])
+        .removeprefix("Invalid input, ")
+        .split(" Valid fields")[0]
+    )
+    raise InputError(f"--where {where!r} cannot be used ({reason.rstrip('.')}): the columns are {kinds}") from problem
 
 
-def _decode_paths(file: Path, path_bytes: Tensor, path_ends: Tensor) -> list[str]:
-    content, ends = path_bytes.numpy(), path_ends.numpy()
-    ordered = ends.ndim == content.ndim == 1 and content.dtype == np.uint8 and ends.dtype == np.int64
-    if not (ordered and len(ends) > 0 and ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] <= len(content)):
-        raise GalleryError(f"{file} has a damaged list of paths; build the index again.")
-    whole, bounds = content.tobytes(), [0, *ends.tolist()]
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for mark in text:
+        depth += (mark == "(") - (mark == ")")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def merge(gallery: Gallery, rows: pa.Table, *, replaced: Sequence[str] = ()) -> int:
+    """Insert rows, or replace those of the same key, in one commit; returns how many were inserted.
+
+    Args:
+        gallery: where.
+        rows: all columns.
+        replaced: stored paths whose other rows go.
+    """
+    builder = gallery.table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
+    if replaced:
+        builder = builder.when_not_matched_by_source_delete(_in("path", replaced))
+    with explained(gallery.path):
+        result = builder.execute(rows, on_bad_vectors="null")  # the features of files with a problem are null
+    return int(result.num_inserted_rows)
+
+
+def remove_rows(gallery: Gallery, paths: Sequence[str]) -> None:
+    """Delete the rows of some stored paths."""
+    with explained(gallery.path):
+        for start in range(0, len(paths), 1000):
+            gallery.table.delete(_in("path", paths[start : start + 1000]))
+
+
+def _in(column: str, values: Sequence[str]) -> str:
+    return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def quoted(value: str) -> str:
+    """A value as SQL has it."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _length(feature: Feature) -> int:
+    length = 1
+    for size in feature.shape:
+        length *= size
+    return length
+
+
+def connect(path: str | os.PathLike[str], *, create: bool = False) -> Any:
+    """Open a database, whose folder must be there unless `create`."""
+    place = os.fspath(path)
+    if "://" not in place:
+        if os.path.isfile(place):
+            with open(place, "rb") as file:
+                old = any(name in file.read(4096) for name in (b"tbps-gallery/1", b"diana-index/1"))
+            kind = "is a gallery of the old format" if old else "is a file, not a gallery"
+            anew = os.path.splitext(place)[0] + ".lance"
+            raise GalleryError(f"{place} {kind}, which is a folder now: make it anew with {CREATE} {anew}")
+        if not create and not os.path.isdir(place):
+            raise GalleryError(f"Gallery {place} does not exist; build it with {CREATE} {place}")
+    with explained(path):
+        return lancedb.connect(place)
+
+
+def _opened(path: str | os.PathLike[str], database: Any, name: str) -> Gallery | None:
+    """The gallery of a table; None if the table is not ours, or its writer was killed before it was there."""
+    if _is_half_made(path, name):
+        return None
+    with explained(path):
+        table = database.open_table(name)
+        about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if about.get("format") != FORMAT:
+        return None
     try:
-        return [whole[a:b].decode("utf-8", "surrogateescape") for a, b in zip(bounds, bounds[1:])]
-    except UnicodeDecodeError as error:
-        raise GalleryError(f"{file} has a damaged list of paths; build the index again.") from error
+        features = tuple(Feature(**{**one, "shape": tuple(one["shape"])}) for one in json.loads(about["features"]))
+        root = about["root"].translate(_FROM_STORE)
+        return Gallery(os.fspath(path), table, about["model"], about["fingerprint"], root, features, about["detect"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise GalleryError(
+            f"{os.fspath(path)} has a damaged table {name} ({error}): delete it and index again"
+        ) from error
 
 
-@dataclass
-class _Writer:
-    """Streams features to a file whose header is filled in at the end."""
-
-    stream: BinaryIO
-    metadata: _Metadata
-    skipped: int = 0
-    _shape: tuple[int, ...] | None = None
-    _dtype: torch.dtype = torch.float32
-    _paths: dict[str, None] = field(default_factory=dict)
-    _reserved: int = 0
-
-    def copy(self, path: Path, index: GalleryIndex) -> None:
-        """Take over the features of an existing file byte by byte."""
-        self._begin(tuple(index.features.shape[1:]), index.features.dtype)
-        self._paths = dict.fromkeys(index.paths)
-        left = index.features.numel() * index.features.element_size()
-        with open(path, "rb") as source:
-            offset = _offset_of_features(path, source)
-            source.seek(offset)
-            while left:
-                block = source.read(min(left, 1 << 22))
-                if not block:
-                    raise GalleryError(f"{path} was cut off while it was copied; build the index again.")
-                self.stream.write(block)
-                left -= len(block)
-
-    def add_all(self, batches: Batches) -> None:
-        for paths, features in batches:
-            self._add(paths, features)
-        if not self._paths:
-            raise GalleryError("A gallery index needs at least one image; give a folder that holds some.")
-
-    def _add(self, paths: list[str], features: Tensor) -> None:
-        if len(paths) != len(features):
-            raise GalleryError(f"{len(paths)} paths came with {len(features)} features; each image needs one.")
-        if features.dim() not in (2, 3) or not features.is_floating_point():
-            raise GalleryError(f"Features must be floating [N, D] or [N, T, D], not {features.dtype} {features.shape}.")
-        fresh: list[int] = []
-        for position, path in enumerate(paths):
-            if path not in self._paths:
-                self._paths[path] = None
-                fresh.append(position)
-        self.skipped += len(paths) - len(fresh)
-        if not fresh:
-            return
-        if self._shape is None:
-            self._begin(tuple(features.shape[1:]), torch.float16 if features.dtype == torch.float16 else torch.float32)
-        if tuple(features.shape[1:]) != self._shape:
-            raise GalleryError(
-                f"Features of {paths[fresh[0]]} have shape {list(features.shape[1:])}, those of the index "
-                f"{list(self._shape or ())}; use the model the index was built with."
-            )
-        kept = features.detach() if len(fresh) == len(paths) else features.detach()[fresh]
-        kept = kept.to("cpu", self._dtype).contiguous()
-        finite = torch.isfinite(kept).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            first = paths[fresh[int((~finite).nonzero()[0])]]
-            raise GalleryError(f"Features of {first} hold NaN or infinity; check the image and the checkpoint.")
-        self.stream.write(kept.numpy().data)
-
-    def _begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._shape, self._dtype = shape, dtype
-        # The longest numbers a header can hold decide how much room it gets.
-        self._reserved = len(self._header(10**15, 10**18))
-        self.stream.write(b" " * (8 + self._reserved))
-
-    def finish(self) -> None:
-        encoded = [path.encode("utf-8", "surrogateescape") for path in self._paths]
-        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        blob = b"".join(encoded)
-        features_size = self._features_size(len(encoded))
-        blob += b"\0" * (-(features_size + len(blob)) % 8)  # path_ends starts at a multiple of its item size
-        self.stream.write(blob)
-        self.stream.write(ends.astype("<i8").data)
-        header = self._header(len(encoded), len(blob))
-        self.stream.seek(0)
-        self.stream.write(struct.pack("<Q", self._reserved) + header.ljust(self._reserved))
-        self.stream.flush()
-
-    def _features_size(self, count: int) -> int:
-        return count * int(np.prod(self._shape or (), dtype=np.int64)) * self._dtype.itemsize
-
-    def _header(self, count: int, path_size: int) -> bytes:
-        first, second = self._features_size(count), self._features_size(count) + path_size
-        header = {
-            "__metadata__": self.metadata.as_strings(),
-            "features": _entry(_DTYPES[self._dtype], [count, *(self._shape or ())], 0, first),
-            "path_bytes": _entry("U8", [path_size], first, second),
-            "path_ends": _entry("I64", [count], second, second + 8 * count),
-        }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        return text.ljust(-(-len(text) // 8) * 8)
+def _is_half_made(path: str | os.PathLike[str], name: str) -> bool:
+    """Whether a local table has no version yet."""
+    folder = Path(path) / f"{name}.lance"
+    return folder.is_dir() and not any((folder / "_versions").glob("*.manifest"))
 
 
-def _entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+@contextmanager
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an error of the database into one sentence.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+        GalleryError: anything else, as a rule a damaged file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+        place, text = os.fspath(path), str(error)
+        for number, words in _SYSTEM.items():
+            if words in text or getattr(error, "errno", None) == number:
+                raise OSError(number, os.strerror(number), place) from error
+        reason = (text.splitlines() or [type(error).__name__])[0][:300]
+        raise GalleryError(
+            f"{place} cannot be used ({reason}): if it is damaged, delete the folder and index again"
+        ) from error
 
 
-def _offset_of_features(path: Path, source: BinaryIO) -> int:
-    (length,) = struct.unpack("<Q", source.read(8))
-    return 8 + length + json.loads(source.read(length))["features"]["data_offsets"][0]
+_SYSTEM = {
+    errno.ENOSPC: "No space left on device",
+    errno.EROFS: "Read-only file system",
+    errno.EACCES: "Permission denied",
+    errno.EFBIG: "File too large",
+    errno.EDQUOT: "quota exceeded",
+}

@@ -205,7 +205,7 @@ def _conclude(out: Path, rows: list[tuple[str, int, dict[str, Any]]], seconds: f
     ):
         print(f"  {out / name}: {what}")
     print("\nSearch the test images for your own person:")
-    index = out / "gallery.safetensors"
+    index = out / "people.lance"
     config = first_run / "configs.yaml"
     images = out / "world" / "CUHK-PEDES" / "imgs"
     sentence = "A man in a red jacket and blue jeans."

@@ -158,7 +158,7 @@ def _conclude(out: Path, seconds: float) -> None:
     print(f"\nR@1 by rounds of the dialogue ({queries} dialogues, {images} pictures, chance {chance:.2f}):\n{table}")
     print(f"\n{seconds / 60:.1f} minutes. Results in {out / 'evaluation'}: metrics.json, turns.png, ranked_list.png")
     print("\nSearch the pictures in a conversation:")
-    index, model = out / "gallery.safetensors", out / "finetune"
+    index, model = out / "people.lance", out / "finetune"
     images_folder = out / "world" / "ChatPedes" / "imgs"
     for words in (
         [

@@ -184,7 +184,7 @@ def _conclude(out: Path, run: Path, seconds: float) -> None:
     ):
         print(f"  {out / name}: {what}")
     print("\nSearch the gallery with a picture and your own sentence:")
-    index = str(out / "gallery.safetensors")
+    index = str(out / "people.lance")
     run_flags = ["--exp-dir", str(run), "--model-name", MODEL_NAME]
     picture = ITCPR(out / "world" / "ITCPR", verbose=False).query["img_paths"][0]
     for command in (

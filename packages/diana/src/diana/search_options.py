@@ -5,20 +5,20 @@ from collections.abc import Sequence
 
 from tbps_common.pipeline import request_fields
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
+from tbps_common.search.options import add_gallery_flags
 
 INDEX_DESCRIPTION = """\
 Compute the features of all images of a folder once, for diana-chat:
 
-  diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
+  diana-index --pretrained work_dirs/finetune --images my_pictures --out people.lance
 
-An existing index is brought up to date: missing images are added, images that changed since are encoded
-again, and those whose file is gone are dropped. Images that cannot be read are left out, each with a warning.
+A gallery that exists is brought up to date with the folder: see tbps-index --help.
 """
 CHAT_DESCRIPTION = """\
 Find a person by answering questions; after every answer the best pictures are listed and drawn.
 
-  diana-index --pretrained work_dirs/finetune --images my_pictures --out gallery.safetensors
-  diana-chat  --pretrained work_dirs/finetune --index gallery.safetensors
+  diana-index --pretrained work_dirs/finetune --images my_pictures --out people.lance
+  diana-chat  --pretrained work_dirs/finetune --gallery people.lance
 
 Besides answers it understands: undo (take the last answer back), reset (start over), quit. An empty answer quits too.
 Questions come from the offline questioner, which asks what is expected to narrow the candidates down most, or from a
@@ -36,21 +36,13 @@ def parse_index_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--pretrained", required=True, metavar="DIR", help="checkpoint folder")
-    add("--images", required=True, help="folder of images, or a text file with one path per line")
-    add("--out", default="gallery.safetensors", metavar="FILE", help="index to write or to update")
+    add_gallery_flags(parser)
     add("--mode", choices=("global", "all"), default="global", help="all: with attributes, for better ranking")
     add("--batch_size", type=whole_number(1), default=128, help="images encoded at once")
     add("--num_workers", type=whole_number(0), default=0, help="processes that read images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", choices=("checkpoint", "fp32", "bf16"), default="checkpoint", help="precision of the model")
-    add("--mean", type=number(), nargs=3, default=list(MEAN), help="mean of the training images: red green blue")
-    add(
-        "--std",
-        type=number(0, above=True),
-        nargs=3,
-        default=list(STD),
-        help="standard deviation of the training images: red green blue",
-    )
+    _add_colour_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -60,8 +52,9 @@ def parse_chat_flags(argv: Sequence[str]) -> argparse.Namespace:
         prog="diana-chat", description=CHAT_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--pretrained", required=True, metavar="DIR", help="checkpoint folder that the index was made with")
-    add("--index", default="gallery.safetensors", metavar="FILE", help="index written by diana-index")
+    add("--pretrained", required=True, metavar="DIR", help="checkpoint folder that the gallery was made with")
+    add("--gallery", "--index", default="people.lance", help="gallery of diana-index or tbps-index")
+    add("--where", metavar="SQL", help="condition on the gallery's columns, such as \"camera = 'cam_a'\"")
     add("--rounds", type=whole_number(1), default=5, help="maximum number of questions")
     add("--topk", type=whole_number(1), default=10, help="pictures shown per round")
     add("--out_dir", default="chat", metavar="DIR", help="folder for round_N.png and dialogue.json")
@@ -74,6 +67,7 @@ def parse_chat_flags(argv: Sequence[str]) -> argparse.Namespace:
         default="information",
         help="offline questions: the most informative one next, or a fixed order",
     )
+    _add_colour_flags(parser)
     server = parser.add_argument_group("questions from a language model")
     add = server.add_argument
     add(
@@ -89,3 +83,15 @@ def parse_chat_flags(argv: Sequence[str]) -> argparse.Namespace:
         help='fields of the request to add or change, null to leave one out: {"max_tokens": 2000} for a reasoning model',
     )
     return parser.parse_args(argv)
+
+
+def _add_colour_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mean", type=number(), nargs=3, default=list(MEAN), help="mean of the training images: red green blue")
+    add(
+        "--std",
+        type=number(0, above=True),
+        nargs=3,
+        default=list(STD),
+        help="standard deviation of the training images: red green blue",
+    )

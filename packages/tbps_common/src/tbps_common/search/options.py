@@ -1,0 +1,156 @@
+"""The flags of `tbps-index` and `tbps-search`."""
+
+import argparse
+
+from tbps_common.errors import InputError
+from tbps_common.run.arguments import HelpFormatter, whole_number
+
+INDEX_DESCRIPTION = """\
+Compute the features of pictures once, into a gallery that can be searched:
+
+  tbps-index --model clip:ViT-B-16/openai --images FOLDER --out people.lance
+  tbps-index --model cmlfa:RUN --images FOLDER --out people.lance --metadata cameras.csv
+
+Run it again after pictures were added, changed or deleted: only those are handled. A run that was killed goes on where it
+was. Several models may index into one gallery. Several machines may share the work: --shard 0/4, --shard 1/4, ...
+
+Delete from a gallery, for all models and without a trace of the features on the disk:
+
+  tbps-index --delete --out people.lance --path FOLDER/alice.jpg --files
+  tbps-index --delete --out people.lance --where "camera = 'cam_a'"
+"""
+SEARCH_DESCRIPTION = """\
+Find the pictures of a gallery that match, best first:
+
+  tbps-search --model cmlfa:RUN --gallery people.lance --text "a man with a red backpack"
+  tbps-search --model fafa:RUN --gallery people.lance --image me.jpg --text "with a black coat instead"
+  tbps-search --model diana:FOLDER --gallery people.lance --dialogue dialogue.json
+  ... --where "camera = 'cam_a' and time > '2026-05-01'" --output hits.png --json hits.json
+"""
+MODEL_HELP = "KIND:PLACE, such as cmlfa:RUN, mra:CHECKPOINT, fafa:RUN, diana:FOLDER, clip:ViT-B-16/openai"
+
+
+def index_parser() -> argparse.ArgumentParser:
+    """The parser of `tbps-index`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-index", description=INDEX_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", help=MODEL_HELP)
+    add_gallery_flags(parser, required=False)
+    add_encoding_flags(parser)
+    add_model_flags(parser)
+    deletion = parser.add_argument_group("delete from the gallery (needs no model)")
+    add = deletion.add_argument
+    add("--delete", action="store_true", help="delete what --path and --where select")
+    add("--path", action="append", default=[], help="picture file, or folder with all below it; may be repeated")
+    add("--where", metavar="SQL", help="condition on the columns, such as \"camera = 'cam_a'\"")
+    add("--files", action="store_true", help="delete the picture files too, or the next run would index them again")
+    return parser
+
+
+def check_index_flags(flags: argparse.Namespace) -> None:
+    """Flags that need each other.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if flags.delete:
+        if not flags.path and flags.where is None:
+            raise InputError("--delete needs --path or --where: say what to delete")
+        return
+    if flags.path or flags.where is not None or flags.files:
+        raise InputError("--path, --where and --files belong to --delete: add it, or leave them out")
+    for name in ("model", "images"):
+        if not getattr(flags, name):
+            raise InputError(f"--{name} is needed to index pictures: see tbps-index --help")
+
+
+def search_parser() -> argparse.ArgumentParser:
+    """The parser of `tbps-search`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-search", description=SEARCH_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", required=True, help=MODEL_HELP)
+    add("--text", default="", help="the person to look for, or with --image what is different")
+    add("--image", help="picture of the person to look for")
+    add("--dialogue", metavar="FILE", help="JSON: a list of rounds, each a list of messages with 'from' and 'value'")
+    add("--judge", type=whole_number(0), default=0, help="hits that the model's second stage judges again (mra)")
+    add_hit_flags(parser)
+    add_model_flags(parser)
+    return parser
+
+
+def check_search_flags(flags: argparse.Namespace) -> None:
+    """Flags that need each other.
+
+    Raises:
+        InputError: nothing is asked for, or two things at once.
+    """
+    if flags.dialogue and (flags.text or flags.image):
+        raise InputError("--dialogue stands alone: leave --text and --image out")
+    if not (flags.dialogue or flags.image) and not flags.text.strip():
+        raise InputError("--text is empty: describe the person to look for, or give --image or --dialogue")
+
+
+def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What is indexed, and into which gallery."""
+    add = parser.add_argument
+    add(
+        "--images",
+        required=required,
+        help="folder of pictures, searched with its sub-folders, or a text file with one path per line",
+    )
+    add("--out", "--gallery", default="people.lance", help="gallery to write or to bring up to date")
+    add("--metadata", metavar="FILE.csv", help="further columns: a CSV file with a column 'path' (camera, time, ...)")
+    add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
+    add("--ann", action="store_true", help="then build the index for tbps-search --ann, and print its measured recall")
+    add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
+
+
+def add_encoding_flags(parser: argparse.ArgumentParser) -> None:
+    """How pictures are read and encoded."""
+    parser.add_argument(
+        "--batch_size", "--batch-size", type=whole_number(1), help="pictures encoded at once (default: the model's)"
+    )
+    parser.add_argument(
+        "--num_workers", "--num-workers", type=whole_number(0), default=2, help="threads that read pictures"
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the model computes, and what of it may be read."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--trust_checkpoint",
+        "--trust-checkpoint",
+        action="store_true",
+        help="read a checkpoint that could run code: only for files of your own",
+    )
+
+
+def add_hit_flags(parser: argparse.ArgumentParser, *, output: str | None = None) -> None:
+    """Which gallery is searched, which hits are shown, and how."""
+    add = parser.add_argument
+    add("--gallery", "--index", default="people.lance", help="gallery to search")
+    add("--topk", type=whole_number(1), default=10, help="hits to show")
+    add("--where", metavar="SQL", help="condition on the gallery's columns, such as \"camera = 'cam_a'\"")
+    add(
+        "--ann",
+        type=whole_number(0),
+        nargs="?",
+        const=1000,
+        default=0,
+        metavar="N",
+        help="let the database's index propose N candidates instead of scoring every picture (N: 1000)",
+    )
+    add("--output", default=output, help="picture of the hits to write, such as hits.png")
+    add("--json", help="write the hits to this file")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """argparse type: `I/N`."""
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdecimal() and count.isdecimal() and int(part) < int(count)):
+        raise argparse.ArgumentTypeError(f"expects I/N with I from 0 to N - 1, such as 0/4, not {text!r}")
+    return int(part), int(count)
