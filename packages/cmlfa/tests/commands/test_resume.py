@@ -79,6 +79,25 @@ def test_stopped_run_goes_on_exactly(
     assert_same_run(only_run(tmp_path), uninterrupted(num_workers))
 
 
+@pytest.mark.parametrize(
+    "moment", ["resuming from", "skipping the"], ids=["before the first step", "while passing over"]
+)
+def test_run_stopped_while_it_resumes_goes_on_exactly(
+    moment: str,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    only_run: Callable[[Path], Path],
+    uninterrupted: Callable[[str], Path],
+) -> None:
+    flags = train_flags(tmp_path, *EPOCHS, "--num_workers", "0")
+    with signal_at("IRRA.train", "Epoch[2] Iteration[3/", signal.SIGTERM):
+        assert train_main(flags) == 143
+    with signal_at("IRRA.train", moment, signal.SIGTERM):
+        assert train_main([*flags, "--resume"]) == 143
+    assert train_main([*flags, "--resume"]) == 0
+    assert_same_run(only_run(tmp_path), uninterrupted("0"))
+
+
 def test_killed_run_goes_on_exactly(
     tmp_path: Path,
     train_flags: Callable[..., list[str]],
