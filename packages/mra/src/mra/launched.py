@@ -31,7 +31,7 @@ def run_launched(config: dict[str, Any], args: argparse.Namespace) -> int:
         args: flags of `build_retrieval_parser`, checked by `mra.preflight.check_run`.
 
     Returns:
-        Exit status: 0, or 130 or 143 after an interruption.
+        Exit status: 0, 1 if `--require_published` is not met, or 130 or 143 after an interruption.
 
     Raises:
         InputError: the device, the data, the weights or the checkpoint cannot be used.
@@ -64,8 +64,8 @@ def run_launched(config: dict[str, Any], args: argparse.Namespace) -> int:
     finally:
         if launched is not None and ranks.local_rank == 0:
             launched.report(status)
-    # torchrun would report a stop that was asked for as a failure; run.py knows better.
-    return 0 if launched is not None and ranks.distributed and status in (130, 143) else status
+    # torchrun would report a stop that was asked for, or a result that is not the published one, as a crash; run.py knows better.
+    return 0 if launched is not None and ranks.distributed and status in (1, 130, 143) else status
 
 
 def adopt_slurm() -> None:
