@@ -17,7 +17,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -303,6 +303,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
             (torch.cuda, "mem_get_info", lambda *_: (8 << 30, 80 << 30)),
             # Recomputation of activations keeps its results for one task of the engine.
             (torch._C, "_current_graph_task_id", lambda: 1),
+            # In inference mode operations arrive before they are taken apart.
+            (torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext()),
             # Its joint kernel of a whole attention layer has no known number of operations.
             (torch.backends.mha, "_is_fastpath_enabled", False),
         ):
