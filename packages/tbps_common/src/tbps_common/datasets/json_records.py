@@ -144,9 +144,9 @@ def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Itera
     gc.disable()
     try:
         with _open(path) as stream:
-            for records, place in _read_quickly(stream):
+            for records, after in _read_quickly(stream):
                 yield Block(records, file, number)
-                number += len(records)
+                number, place = number + len(records), after
                 empty += _count_empty(records, texts)
         if place >= 0:
             for record in _read_carefully(path, place, number):
