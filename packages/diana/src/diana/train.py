@@ -53,7 +53,7 @@ from diana.trainer_flags import read_trainer_flags, unusable_flag
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.images import check_images_exist
-from tbps_common.run.batches import ReplacedItems, SeededItems, replaced_items, usable_workers
+from tbps_common.run.batches import ReplacedItems, SeededItems, freeze_memory, replaced_items, usable_workers
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, barrier, broadcast_object
 from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
@@ -125,7 +125,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
             turn_limit=options.turn_limit,
             caption_budget=options.caption_budget,
         )
-        check_images_exist(dataset.images, meta["image_root"], flag="DIANA_DATA_ROOT")
+        check_images_exist(dataset.paths, meta["image_root"], flag="DIANA_DATA_ROOT")
         say(f"There are {dataset.num_images} images.")
         say(f"There are {dataset.num_ids} ids.")
         say(f"There are {dataset.num_captions} captions.")
@@ -259,6 +259,7 @@ class DianaTrainer(Trainer):
             lengths=self._dataset.text_lengths if self._options.length_grouping else None,
         )
         workers = usable_workers(args.dataloader_num_workers)
+        freeze_memory()
         return TrainingLoader(
             SeededItems(self._dataset, self._replaced_images),
             batch_sampler=batches,

@@ -30,10 +30,10 @@ def retrieval_main(argv: list[str]) -> int:
 
     config = load_config(args.config)
     # run.py has checked the data already: its processes need not look for a million images again.
-    check_run(config, args.config, args, data=LaunchFolder.of_this_process() is None)
+    annotation = check_run(config, args.config, args, data=LaunchFolder.of_this_process() is None)
     from mra.launched import run_launched
 
-    return run_launched(config, args)
+    return run_launched(config, args, annotation)
 
 
 @command

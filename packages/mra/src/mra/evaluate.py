@@ -23,6 +23,7 @@ from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_conf
 from mra.data.datasets import RetrievalTestDataset
 from mra.model.network import Retrieval
 from mra.model.weights import load_official
+from mra.preflight import Annotation
 from mra.published import PUBLISHED
 from mra.report import SplitEvaluation, write_reports
 from mra.retrieval.metrics import integer_ids, warn_of_missing
@@ -51,7 +52,7 @@ _NETWORK_KEYS = ("vision_config", "text_config", "embed_dim", "itc_dop", "max_to
 _NETWORK_KEYS += ("h", "w", "image_res", "patch_size", "window_size")
 
 
-def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
+def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run, annotation: Annotation) -> int:
     """`--evaluate`: print the tables of the validation and the test split, with the weights of a checkpoint.
 
     Writes `config.yaml` and, with `--report`, the files of `write_reports`; those of a checkpoint of another data set
@@ -61,6 +62,7 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
         config: configuration of the task, without the flags.
         args: flags of `Retrieval.py`, checked by `mra.preflight.check_run`.
         run: this process.
+        annotation: as far as it has been read.
 
     Returns:
         Exit status: 0; 1 if the result is not what `--require_published` asks for; 130 or 143 after an interruption.
@@ -78,7 +80,10 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
     trained_with: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     model, settings = _build_trained(state, args.checkpoint, settings, trained_with)
     model.to(run.device).eval()
-    splits = {name: RetrievalTestDataset(file, settings) for name, file in evaluation_files(settings).items()}
+    splits = {
+        name: RetrievalTestDataset(file, settings, data=annotation.splits.get(name))
+        for name, file in evaluation_files(settings).items()
+    }
     trained_on = trained_with.get("test_file")
     if isinstance(trained_on, str) and Path(trained_on).name != Path(settings["test_file"]).name:
         folder = folder / f"zero_shot_{args.task}"

@@ -26,7 +26,7 @@ from mra.data.loader import training_dataset, training_loader
 from mra.evaluate import EvaluationStopped, evaluate_split
 from mra.model.network import Retrieval
 from mra.optimizer import Schedule, create_optimizer
-from mra.preflight import STATE_NAME, check_training_size
+from mra.preflight import STATE_NAME, Annotation, check_training_size
 from mra.retrieval.metrics import METRICS
 from mra.text.tokens import build_tokenizer
 from tbps_common.errors import CheckpointError
@@ -50,13 +50,14 @@ VERSION = 1
 LEFT_OUT_AT_MOST = 100
 
 
-def train(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
+def train(config: dict[str, Any], args: argparse.Namespace, run: Run, annotation: Annotation) -> int:
     """Train what the flags of `Retrieval.py` describe, from the start or from `last.pth`.
 
     Args:
         config: configuration of the task, without the flags.
         args: flags, checked by `mra.preflight.check_run`.
         run: this process.
+        annotation: as far as it has been read.
 
     Returns:
         Exit status: 0, or 130 (Ctrl-C) or 143 (SIGTERM) when the run was asked to stop.
@@ -71,7 +72,7 @@ def train(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
             "the best epoch is chosen on the test split, as in the released code; --select val chooses it on the "
             "validation split"
         )
-    return Training(config, args, run).train()
+    return Training(config, args, run, annotation).train()
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Position:
 class Training:
     """A run from its first batch to its last; the arguments are those of `train`."""
 
-    def __init__(self, config: dict[str, Any], args: argparse.Namespace, run: Run):
+    def __init__(self, config: dict[str, Any], args: argparse.Namespace, run: Run, annotation: Annotation):
         self.args, self.run, self.settings = args, run, with_overrides(config, args)
         self.folder = Path(args.output_dir)
         self.state_file = self.folder / STATE_NAME
@@ -103,7 +104,7 @@ class Training:
         seed_everything(args.seed + run.ranks.rank)
 
         self.tokenizer = build_tokenizer(self.settings["text_encoder"])
-        self.dataset = training_dataset(self.settings)
+        self.dataset = training_dataset(self.settings, annotation.training)
         batch_size = self.settings["batch_size_train"]
         check_training_size(len(self.dataset), batch_size, run.ranks.world_size)
         self.replaced = replaced_items(args.bad_images, len(self.dataset))
@@ -117,7 +118,8 @@ class Training:
             pin_memory=run.device.type == "cuda",
             replaced=self.replaced,
         )
-        self.validation = RetrievalTestDataset(evaluation_files(self.settings)[args.select], self.settings)
+        file, split = evaluation_files(self.settings)[args.select], annotation.splits.get(args.select)
+        self.validation = RetrievalTestDataset(file, self.settings, data=split)
 
         state = _read_state(self.state_file, self.settings, args.seed, run.ranks) if args.resume else None
         load = state is None and bool(self.settings.get("load_pretrained"))

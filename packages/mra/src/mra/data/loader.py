@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mra.data.datasets import FinetuneDataset, PretrainDataset
 from mra.model.bert import longest_texts
 from mra.text.tokens import TextMaskingGenerator, mlm_batch, tokenize
+from tbps_common.datasets import ProcessedTrain
+from tbps_common.datasets.sda import SDA
 from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems
 from tbps_common.run.distributed import Ranks
 from tbps_common.run.randomness import seed_worker
@@ -69,9 +71,13 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {**batch, "lengths": dict(zip(present, longest_texts(list(present.values()))))}
 
 
-def training_dataset(config: dict[str, Any]) -> PretrainDataset | FinetuneDataset:
-    """The training set that a configuration names."""
-    return PretrainDataset(config) if "train_file_regions" in config else FinetuneDataset(config)
+def training_dataset(
+    config: dict[str, Any], data: SDA | ProcessedTrain | None = None
+) -> PretrainDataset | FinetuneDataset:
+    """The training set that a configuration names; `data` is its annotation, if that has been read already."""
+    if "train_file_regions" in config:
+        return PretrainDataset(config, data=data if isinstance(data, SDA) else None)
+    return FinetuneDataset(config, data=data if isinstance(data, ProcessedTrain) else None)
 
 
 def training_loader(

@@ -6,6 +6,7 @@ batches before it, and a run on N processes sees in every step the items that on
 would see.
 """
 
+import gc
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -232,6 +233,15 @@ class SeededItems(Dataset[Any]):
             random.setstate(before[0])
             np.random.set_state(before[1])
             torch.set_rng_state(before[2])
+
+
+def freeze_memory() -> None:
+    """Take what exists now out of garbage collection, before loader processes are forked.
+
+    A collection writes to every object that it walks over, and so copies the memory that processes share.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def usable_workers(requested: int) -> int:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from tbps_common.run.batches import freeze_memory
 from tbps_common.run.device import choose_device
 from tbps_common.run.distributed import Ranks, process_group
 from tbps_common.run.logs import RunLog, run_log
@@ -49,10 +50,11 @@ class Run:
         return self.interruption.exit_status
 
     def load(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of a loader; they end early, without an error, if a signal has ended the loader's processes.
+        """The batches of a loader, whose processes start now; they end early, without an error, if a signal has ended the loader's processes.
 
         A SIGTERM to the whole process group reaches the loader's processes too. What was trained until then can be saved.
         """
+        freeze_memory()
         try:
             yield from loader
         except RuntimeError:
