@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -316,6 +317,7 @@ class Measured:
 
     Attributes:
         name: of the model and the way.
+        fingerprint: of the model.
         values: `[Q, 5]`, of each query and metric in percent.
         cmc: R@1, R@2, ... in percent.
         encode_ms: per query, with reading its picture.
@@ -325,6 +327,7 @@ class Measured:
     """
 
     name: str
+    fingerprint: str
     values: np.ndarray
     cmc: list[float]
     encode_ms: float
@@ -407,52 +410,44 @@ def evaluate(asker: Asker, asked: Sequence[Asked], answers: Sequence[frozenset[i
         answers: positions of the right pictures of each query.
         way: how to ask.
     """
-    features: list[Features] = []
-    asker.encode(asked[:1], way.asks[0])  # what a model prepares for its first query is not the query's time
-    encoding = measure(
-        {"": lambda: features.extend(asker.encode(asked, change) for change in way.asks)},
-        repeats=1,
-        warm_up=False,
-        device=asker.model.device,
-    )[""]
     values = np.empty((len(asked), len(METRICS)))
     cmc = np.zeros(CURVE)
+    times: list[float] = []
 
-    def rows(group: Sequence[int], start: int, stop: int) -> Tensor:
-        scores = asker.scores(features, group[start:stop])
-        if way.judge:
-            scores = asker.judge([way.asks[0](asked[query].query()) for query in group[start:stop]], scores, way.judge)
-        return scores
-
-    def search() -> None:
+    def run() -> None:
+        times.append(time.perf_counter())
+        features = [asker.encode(asked, change) for change in way.asks]
+        times.append(time.perf_counter())
         for group in _without_overlap(answers):
             labels: dict[frozenset[int], int] = {}
             wanted = [labels.setdefault(answers[query], len(labels)) for query in group]
             owners = torch.full((len(asker.pictures.keys),), -1)
             for right, label in labels.items():
                 owners[list(right)] = label
-            result = evaluate_rows(partial(rows, group), wanted, owners, topk=0, max_rank=CURVE)
-            reached = [result.first_rank <= rank for rank in (1, 5, 10)]
-            values[group] = (
-                100 * torch.stack([*(part.double() for part in reached), result.ap, result.inp], dim=1).numpy()
-            )
+            result = evaluate_rows(partial(rows, features, group), wanted, owners, topk=0, max_rank=CURVE)
+            reached = [(result.first_rank <= rank).double() for rank in (1, 5, 10)]
+            values[group] = 100 * torch.stack([*reached, result.ap, result.inp], dim=1).numpy()
             cmc[:] += result.cmc.double().numpy() * len(group) / len(asked)
+        times.append(time.perf_counter())
 
-    searching = measure({"": search}, repeats=1, warm_up=False, device=asker.model.device)[""]
-    name = f"{asker.model.name}, {way.label}" if way.label else asker.model.name
-    table, sizes = asker.gallery.table.schema, [one.shape for one in asker.gallery.features]
-    width = sum(
-        table.field(one.name).type.value_type.bit_width // 8 * int(np.prod(shape))
-        for one, shape in zip(asker.gallery.features, sizes)
-    )
+    def rows(features: Sequence[Features], group: Sequence[int], start: int, stop: int) -> Tensor:
+        scores = asker.scores(features, group[start:stop])
+        if way.judge:
+            scores = asker.judge([way.asks[0](asked[query].query()) for query in group[start:stop]], scores, way.judge)
+        return scores
+
+    asker.encode(asked[:1], way.asks[0])  # what a model prepares for its first query is not the query's time
+    cost = measure({"": run}, repeats=1, warm_up=False, device=asker.model.device)[""]
+    columns = [asker.gallery.table.schema.field(one.name).type for one in asker.gallery.features]
     return Measured(
-        name,
+        f"{asker.model.name}, {way.label}" if way.label else asker.model.name,
+        asker.model.fingerprint,
         values,
         cmc.tolist(),
-        1000 * encoding.wall_s / len(asked),
-        1000 * searching.wall_s / len(asked),
-        max(encoding.peak_mib, searching.peak_mib),
-        width,
+        1000 * (times[1] - times[0]) / len(asked),
+        1000 * (times[2] - times[1]) / len(asked),
+        cost.peak_mib,
+        sum(column.list_size * column.value_type.bit_width // 8 for column in columns),
     )
 
 
@@ -580,6 +575,7 @@ def _summary(entries: Sequence[Measured], persons: Sequence[str], *, resamples: 
         models.append(
             {
                 "name": entry.name,
+                "fingerprint": entry.fingerprint,
                 "metrics": _intervals(entry.values, means),
                 "difference": against,
                 "cmc": entry.cmc,

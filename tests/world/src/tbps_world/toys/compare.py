@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             arguments = ["--gallery", str(people / "people.lance"), "--queries", str(people / f"{task}.jsonl")]
             arguments += [word for paper in papers for word in ("--model", models[paper])]
             arguments += ["--identity", "outfit", *more, "--out", str(out / f"comparison_{task}")]
-            if not (out / f"comparison_{task}" / "comparison.json").is_file():
+            if not _is_done(out / f"comparison_{task}" / "comparison.json", folders, models[papers[0]], models["clip"]):
                 _run(folders["mra"], "tbps-compare", arguments)
     except StepFailed as failure:
         return failure.status
@@ -166,6 +166,17 @@ def _write(file: Path, lines: Sequence[str]) -> None:
 def _run(folder: Path, name: str, arguments: Sequence[str]) -> None:
     echo([name, *arguments], folder)
     run_child([str(Path(sysconfig.get_path("scripts")) / name), *arguments], cwd=folder, env=dict(os.environ))
+
+
+def _is_done(file: Path, folders: dict[str, Path], *asked: str) -> bool:
+    """Whether a comparison of these models is there, and younger than all toys."""
+    if not file.is_file():
+        return False
+    text = file.read_text(encoding="utf-8")
+    toys = [folder / TOYS[paper][0] for paper, folder in folders.items()]
+    return all(json.dumps(model, ensure_ascii=False)[:-1] in text for model in asked) and all(
+        toy.stat().st_mtime < file.stat().st_mtime for toy in toys
+    )
 
 
 # The page.
