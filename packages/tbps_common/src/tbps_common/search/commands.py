@@ -15,7 +15,7 @@ from tbps_common.files import write_json
 from tbps_common.images import read_image
 from tbps_common.report.pictures import Hit as Drawn
 from tbps_common.report.pictures import RankedQuery, ranked_list
-from tbps_common.search.ann import build_index, measure_recall
+from tbps_common.search.ann import SMALLEST, build_index, measure_recall
 from tbps_common.search.erase import erase
 from tbps_common.search.gallery import Hit, list_galleries, open_gallery
 from tbps_common.search.index import Counts, list_pictures, update_gallery
@@ -67,7 +67,9 @@ def run_index(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    if flags.ann:
+    if flags.ann and counts.total < SMALLEST:
+        print(f"note: no index for --ann: it pays from {SMALLEST} pictures on, exact search takes milliseconds")
+    elif flags.ann:
         gallery = open_gallery(flags.out, model)
         build_index(gallery)
         print(f"index for --ann over {counts.total} pictures; {measure_recall(open_gallery(flags.out, model), model)}")
