@@ -134,7 +134,7 @@ def queries(flags: argparse.Namespace, shape: tuple[int, ...], count: int) -> di
     if len(shape) > 1:
         chosen = chosen.mean(dim=1)
     noise = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0)) * chosen.norm() / len(chosen) ** 0.5
-    return {"feature": normalize(chosen + 0.7 * noise / shape[-1] ** 0.5, dim=1)}
+    return {"feature": normalize(chosen + 0.7 * noise / chosen.shape[-1] ** 0.5, dim=1)}
 
 
 def write(flags: argparse.Namespace, shape: tuple[int, ...], block: tuple[np.ndarray, np.ndarray]) -> float:

@@ -20,13 +20,15 @@ from torch.nn.functional import normalize
 
 from tbps_common.cli import index_main, search_main
 from tbps_common.errors import GalleryError, InputError
+from tbps_common.images import read_image
 from tbps_common.ranking import similarity
 from tbps_common.search.ann import build_index, measure_recall
+from tbps_common.search.detect import VIDEOS, open_detector
 from tbps_common.search.gallery import Gallery, list_galleries, open_gallery
 from tbps_common.search.index import Counts, find_images, list_pictures, update_gallery
 from tbps_common.search.metadata import read_metadata
 from tbps_common.search.retriever import Feature, Features, Query, Retriever, open_retriever
-from tbps_common.search.search import search
+from tbps_common.search.search import frame_of, picture_of, search
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -541,3 +543,80 @@ def encode(pictures):
 print(index({str(out)!r}, {str(folder)!r}, replace(model, encode_images=encode)))
 """
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A YOLOS of random weights, which finds persons where chance wants them."""
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
+    folder = tmp_path_factory.mktemp("yolos")
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
+        num_detection_tokens=5, id2label={0: "person", 1: "dog"}, label2id={"person": 0, "dog": 1},
+    )  # fmt: skip
+    YolosForObjectDetection(config).save_pretrained(folder)
+    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+class TestDetection:
+    @pytest.fixture
+    def frames(self, tmp_path: Path) -> Path:
+        """A picture, a film of ten frames a second whose frame n has the colour (0, 20 n, 0), and a broken film."""
+        av = pytest.importorskip("av")
+        folder = tmp_path / "frames"
+        paint(folder / "still.png", (255, 0, 0))
+        with av.open(str(folder / "film.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+            for number in range(10):
+                picture = Image.new("RGB", (64, 48), (0, 20 * number, 0))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
+        (folder / "broken.mp4").write_bytes(b"no film")
+        return folder
+
+    def test_persons_are_cut_out_of_pictures_and_films(
+        self, tmp_path: Path, detector: Path, frames: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "g.lance"
+        options = {"score": 0.0, "margin": 0.1, "smallest": 1, "fps": 5.0}
+        found = open_detector(str(detector), device="cpu", **options)  # type: ignore[arg-type]
+        pictures = list_pictures(str(frames), (".png", *VIDEOS))
+        counts = update_gallery(str(out), colour_model(), pictures, detector=found)
+        assert counts.skipped == 1 and counts.added == counts.total > 5
+        assert "broken.mp4" in capsys.readouterr().err
+        gallery = open_gallery(out, colour_model())
+        hits = search(gallery, colour_model(), [Query("green")], topk=99)[0]
+        assert {hit.frame for hit in hits if hit.path.endswith("film.mkv")} == {0, 2, 4, 6, 8}
+        for hit in hits:
+            assert hit.box is not None
+            frame = frame_of(hit)
+            assert 0 <= hit.box[0] < hit.box[2] <= frame.width and 0 <= hit.box[1] < hit.box[3] <= frame.height
+            assert picture_of(hit).size == (hit.box[2] - hit.box[0], hit.box[3] - hit.box[1])
+            if hit.frame is not None:
+                assert frame.getpixel((0, 0)) == (0, 20 * hit.frame, 0)
+        boxes, scores = found.find([read_image(frames / "still.png")])[0]
+        assert sum(hit.frame is None for hit in hits) <= len(boxes) and bool(((0 <= scores) & (scores <= 1)).all())
+        # Nothing changed, then a picture of which no person is high enough.
+        again = update_gallery(str(out), colour_model(), pictures, detector=found)
+        assert again == Counts(skipped=1, total=counts.total)
+        os.utime(frames / "film.mkv", (5, 5))
+        assert update_gallery(str(out), colour_model(), pictures, detector=found).updated == len(hits) - sum(
+            hit.frame is None for hit in hits
+        )
+        strict = open_detector(str(detector), device="cpu", score=0.0, smallest=1000)
+        assert update_gallery(str(tmp_path / "h.lance"), colour_model(), pictures, detector=strict) == Counts(skipped=3)
+        with pytest.raises(GalleryError, match="was made with --detect"):
+            update_gallery(str(out), colour_model(), pictures)
+
+    def test_a_detector_that_cannot_be_used(self, tmp_path: Path) -> None:
+        for name, words in {
+            str(tmp_path): "is no detector of transformers",
+            "fasterrcnn:w.pth": "torchvision has no detector 'fasterrcnn', only fasterrcnn_",
+            "ssdlite320_mobilenet_v3_large:gone.pth": "gone.pth",
+        }.items():
+            with pytest.raises(InputError, match=words):
+                open_detector(name, device="cpu")

@@ -12,10 +12,11 @@ from PIL import Image
 
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json
-from tbps_common.images import read_image
+from tbps_common.images import SUFFIXES, read_image
 from tbps_common.report.pictures import Hit as Drawn
 from tbps_common.report.pictures import RankedQuery, ranked_list
 from tbps_common.search.ann import SMALLEST, build_index, measure_recall
+from tbps_common.search.detect import VIDEOS, open_detector
 from tbps_common.search.erase import erase
 from tbps_common.search.gallery import Hit, list_galleries, open_gallery
 from tbps_common.search.index import Counts, list_pictures, update_gallery
@@ -50,17 +51,28 @@ def run_index(
         batch_size: pictures encoded at once, or None for what the model suggests.
         num_workers: threads that read pictures.
     """
-    pictures = list_pictures(flags.images)
+    pictures = list_pictures(flags.images, SUFFIXES + VIDEOS if flags.detect else SUFFIXES)
     metadata = read_metadata(flags.metadata) if flags.metadata else None
     if os.path.exists(flags.out):
         list_galleries(flags.out, empty=True)
     model = open_model()
     if model.note:
         print(f"note: {model.note}")
+    detector = None
+    if flags.detect:
+        detector = open_detector(
+            flags.detect,
+            device=str(model.device),
+            score=flags.detect_score,
+            margin=flags.detect_margin,
+            smallest=flags.detect_min,
+            fps=flags.fps,
+        )
     counts = update_gallery(
         flags.out,
         model,
         pictures,
+        detector=detector,
         metadata=metadata,
         shard=flags.shard,
         half=flags.half,

@@ -370,7 +370,13 @@ def _candidates(gallery: Gallery, queries: Features, query: int, count: int, con
     with explained(gallery.path):
         vector = queries[gallery.features[0].name][query].float().numpy()
         search = gallery.table.search(vector, vector_column_name=column)
-        search = search.distance_type("dot").limit(count).with_row_id(True).select(["key"])
+        search = (
+            search.distance_type("dot")
+            .limit(count)
+            .nprobes(max(20, count // 8))
+            .with_row_id(True)
+            .select(["_distance"])
+        )
         if condition:
             search = search.where(condition, prefilter=True)
         return sorted(search.to_arrow()["_rowid"].to_pylist())
