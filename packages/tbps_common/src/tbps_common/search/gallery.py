@@ -7,6 +7,7 @@ A row is the picture of one person. Its columns:
 * `size` and `mtime_ns`: of the file when it was encoded; any other stamp means that it changed;
 * `problem`: why the file has no features, null where it has. Such rows keep a file from being tried again in every run;
 * `frame` and `box` (left, top, right, bottom in pixels): where the person was cut out, null for a whole picture;
+* `ann`: the mean of a picture's tokens, for the database's index of token sets;
 * the model's features, each a list of fixed size (the shape is in the table's metadata), float32 or float16;
 * the columns of `--metadata`.
 
@@ -22,7 +23,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,15 @@ from tbps_common.ranking import best_of_rows, score_rows
 from tbps_common.search.retriever import Feature, Features, Retriever
 
 FORMAT = "tbps-gallery/2"
-OWN_COLUMNS = ("key", "path", "size", "mtime_ns", "problem", "frame", "box")
+OWN_COLUMNS = ("key", "path", "size", "mtime_ns", "problem", "frame", "box", "ann")
 CREATE = "tbps-index --model MODEL --images FOLDER --out"
 
 _BLOCK_BYTES = 8 << 20
 _DIGITS = 16
 _MOST_FILTER = 10_000
+_DATE = re.compile(
+    r"(?<!timestamp )(?<!date )'(\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(?:\.\d+)?)?)?)'", re.IGNORECASE
+)
 # File names need not be Unicode, but a database's strings must: Python's stand-ins for single bytes (U+DC80 and
 # following) are stored as characters for private use, and come back as what they were.
 _TO_STORE = {0xDC00 + byte: 0xF700 + byte for byte in range(0x80, 0x100)}
@@ -71,7 +74,8 @@ class Gallery:
     detect: str = ""
 
     def __len__(self) -> int:
-        return int(self.table.count_rows("problem IS NULL"))
+        with explained(self.path):
+            return int(self.table.count_rows("problem IS NULL"))
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
@@ -125,16 +129,9 @@ def list_galleries(path: str | os.PathLike[str], *, empty: bool = False) -> list
     Raises:
         GalleryError: there is no database, it is damaged, or it is a file of the old format.
     """
-    database = _connect(path)
-    with explained(path):
-        names, page = [], None
-        while True:
-            response = database.list_tables(page_token=page, limit=100)
-            names += response.tables
-            page = response.page_token
-            if not page:
-                break
-    galleries = [gallery for name in names if (gallery := _opened(path, database, name))]
+    database = connect(path)
+    found = [_opened(path, database, name) for name in _table_names(path, database)]
+    galleries = [gallery for gallery in found if gallery is not None]
     if not galleries and not empty:
         raise GalleryError(f"{os.fspath(path)} holds no gallery: build one with {CREATE} {os.fspath(path)}")
     return galleries
@@ -190,6 +187,8 @@ def create_gallery(
         pa.field("box", pa.list_(pa.int32(), 4)),
         *(pa.field(one.name, pa.list_(value, _length(one))) for one in model.features),
     ]
+    if len(model.features[0].shape) > 1:
+        fields.append(pa.field("ann", pa.list_(pa.float32(), model.features[0].shape[-1])))
     about = {
         "format": FORMAT,
         "model": model.name,
@@ -199,10 +198,16 @@ def create_gallery(
         "detect": detect,
     }
     name = f"{re.sub(r'[^a-z0-9]+', '', model.name.partition(':')[0].lower()) or 'model'}-{model.fingerprint[:_DIGITS]}"
-    with explained(path):
-        database = _connect(path, create=True)
-        database.create_table(name, schema=pa.schema(fields, metadata=about), exist_ok=True)
-    gallery = _opened(path, database, name)
+    database = connect(path, create=True)
+    gallery = _opened(path, database, name) if name in _table_names(path, database) else None
+    if gallery is None:
+        with explained(path):
+            try:
+                database.create_table(name, schema=pa.schema(fields, metadata=about))
+            except (RuntimeError, ValueError) as error:
+                if "already exists" not in str(error):  # another process was faster
+                    raise
+        gallery = _opened(path, database, name)
     assert gallery is not None
     return gallery
 
@@ -359,15 +364,40 @@ def _features_of(gallery: Gallery, batch: Any) -> Features:
 
 def _candidates(gallery: Gallery, queries: Features, query: int, count: int, condition: str | None) -> list[int]:
     """Row numbers, in the order of the rows."""
-    first = gallery.features[0].name
-    if not any(first in index.columns for index in gallery.table.list_indices()):
+    column = ann_column(gallery)
+    if not has_index(gallery):
         raise GalleryError(f"{gallery.path} has no index for --ann: build it with tbps-index ... --ann")
     with explained(gallery.path):
-        search = gallery.table.search(queries[first][query].float().numpy(), vector_column_name=first)
-        search = search.distance_type("dot").limit(count).with_row_id(True).select(["key"])
+        vector = queries[gallery.features[0].name][query].float().numpy()
+        search = gallery.table.search(vector, vector_column_name=column)
+        search = (
+            search.distance_type("dot")
+            .limit(count)
+            .nprobes(max(20, count // 8))
+            .with_row_id(True)
+            .select(["_distance"])
+        )
         if condition:
             search = search.where(condition, prefilter=True)
         return sorted(search.to_arrow()["_rowid"].to_pylist())
+
+
+def ann_column(gallery: Gallery) -> str:
+    """The column that the database's index is made of."""
+    return "ann" if len(gallery.features[0].shape) > 1 else gallery.features[0].name
+
+
+def has_index(gallery: Gallery) -> bool:
+    """Whether there is an index for `ann`."""
+    with explained(gallery.path):
+        return any(ann_column(gallery) in index.columns for index in gallery.table.list_indices())
+
+
+def row_numbers(gallery: Gallery) -> Tensor:
+    """Row numbers of all pictures, in their order."""
+    with explained(gallery.path):
+        found = gallery.table.search().where("problem IS NULL").select(["key"]).with_row_id(True).to_arrow()
+    return torch.from_numpy(found["_rowid"].to_numpy().astype("int64"))
 
 
 def check_filter(gallery: Gallery, where: str | None) -> str | None:
@@ -381,24 +411,19 @@ def check_filter(gallery: Gallery, where: str | None) -> str | None:
     outside = re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`", " ", where)
     if not where.strip() or len(where) > _MOST_FILTER:
         raise InputError(f"--where must be a condition of 1 to {_MOST_FILTER} characters, such as \"camera = 'cam_a'\"")
-    if any(mark in outside for mark in (";", "--", "/*", "'", '"', "`")):
-        raise InputError(f"--where {where!r} must be one condition, without comments, ';' or an open quotation mark")
-    try:
-        _plan(gallery, where)
-        return where
-    except Exception as error:
-        problem = error
+    if any(mark in outside for mark in (";", "--", "/*", "'", '"', "`")) or not _is_balanced(outside):
+        raise InputError(
+            f"--where {where!r} must be one condition, without comments, ';', open quotation marks or open brackets"
+        )
     # SQL compares a date with text, this database wants to be told that the text is one.
-    dated = re.sub(
-        r"(?<!timestamp )(?<!date )('\d{4}-\d{2}-\d{2}(?:[ T]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?)?')",
-        r"timestamp \1",
-        where,
-        flags=re.IGNORECASE,
-    )
-    if dated != where:
+    dated = _DATE.sub(lambda found: f"timestamp '{found[1]}{'' if found[3] or not found[2] else ':00'}'", where)
+    problem: Exception | None = None
+    for condition in dict.fromkeys(
+        (f"({where})", f"({dated})")
+    ):  # in brackets, or words after its end would be ignored
         try:
-            _plan(gallery, dated)
-            return dated
+            gallery.table.search().where(condition).select(["key"]).explain_plan()
+            return condition
         except Exception as error:
             problem = error
     kinds = ", ".join(f"{name} ({kind})" for name, kind in {"path": "string", **gallery.columns}.items())
@@ -410,12 +435,17 @@ def check_filter(gallery: Gallery, where: str | None) -> str | None:
     raise InputError(f"--where {where!r} cannot be used ({reason.rstrip('.')}): the columns are {kinds}") from problem
 
 
-def _plan(gallery: Gallery, condition: str) -> None:
-    gallery.table.search().where(condition).select(["key"]).explain_plan()
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for mark in text:
+        depth += (mark == "(") - (mark == ")")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
-def merge(gallery: Gallery, rows: pa.Table, *, replaced: Sequence[str] = ()) -> None:
-    """Insert rows, or replace those of the same key, in one commit.
+def merge(gallery: Gallery, rows: pa.Table, *, replaced: Sequence[str] = ()) -> int:
+    """Insert rows, or replace those of the same key, in one commit; returns how many were inserted.
 
     Args:
         gallery: where.
@@ -426,7 +456,8 @@ def merge(gallery: Gallery, rows: pa.Table, *, replaced: Sequence[str] = ()) -> 
     if replaced:
         builder = builder.when_not_matched_by_source_delete(_in("path", replaced))
     with explained(gallery.path):
-        builder.execute(rows, on_bad_vectors="null")  # the features of files with a problem are null
+        result = builder.execute(rows, on_bad_vectors="null")  # the features of files with a problem are null
+    return int(result.num_inserted_rows)
 
 
 def remove_rows(gallery: Gallery, paths: Sequence[str]) -> None:
@@ -436,68 +467,12 @@ def remove_rows(gallery: Gallery, paths: Sequence[str]) -> None:
             gallery.table.delete(_in("path", paths[start : start + 1000]))
 
 
-def erase(path: str | os.PathLike[str], files: Sequence[str], where: str | None, *, from_disk: bool = False) -> int:
-    """Delete pictures from the galleries of all models, so that nothing of their features stays on the disk.
-
-    Each table is written anew without them, and its older versions are removed.
-
-    Args:
-        path: of the database.
-        files: picture files, or folders with all below them.
-        where: SQL condition; with `files`, both must hold.
-        from_disk: delete the picture files too.
-
-    Returns:
-        How many pictures went, counted once for all models.
-
-    Raises:
-        InputError: `where` is no condition, or a file is not in any gallery.
-        OSError: a file cannot be deleted.
-    """
-    keys: dict[str, str] = {}
-    chosen: list[tuple[Gallery, str]] = []
-    named = set()
-    for gallery in list_galleries(path):
-        conditions = []
-        if where is not None:
-            conditions.append(f"({check_filter(gallery, where)})")
-        if files:
-            stored = [gallery.stored_path(file) for file in files]
-            each = [f"path = {_quoted(name)} OR starts_with(path, {_quoted(name + '/')})" for name in stored]
-            named |= {file for file, one in zip(files, each) if gallery.table.count_rows(one)}
-            conditions.append(f"({' OR '.join(each)})")
-        condition = " AND ".join(conditions)
-        with explained(path):
-            found = gallery.table.search().where(condition).select(["key", "path"]).to_arrow()
-        keys |= dict(zip(found["key"].to_pylist(), map(gallery.file, found["path"].to_pylist())))
-        chosen.append((gallery, condition))
-    strange = [file for file in files if file not in named]
-    if strange:
-        raise InputError(f"--path {strange[0]} is not in {os.fspath(path)}: nothing was deleted")
-    for gallery, condition in chosen:
-        _write_without(gallery, condition)
-    if from_disk:
-        for file in sorted(set(keys.values())):
-            Path(file).unlink(missing_ok=True)
-    return len(keys)
-
-
-def _write_without(gallery: Gallery, condition: str) -> None:
-    with explained(gallery.path):
-        if gallery.table.count_rows(condition):
-            gallery.table.delete(condition)
-            schema = gallery.table.schema
-            kept = pa.RecordBatchReader.from_batches(schema, gallery.table.search().to_batches())
-            _connect(gallery.path).create_table(gallery.table.name, data=kept, schema=schema, mode="overwrite")
-            gallery.table.checkout_latest()
-        gallery.table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
-
-
 def _in(column: str, values: Sequence[str]) -> str:
-    return f"{column} IN ({', '.join(map(_quoted, values))})"
+    return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """A value as SQL has it."""
     return "'" + value.replace("'", "''") + "'"
 
 
@@ -508,7 +483,8 @@ def _length(feature: Feature) -> int:
     return length
 
 
-def _connect(path: str | os.PathLike[str], *, create: bool = False) -> Any:
+def connect(path: str | os.PathLike[str], *, create: bool = False) -> Any:
+    """Open a database, whose folder must be there unless `create`."""
     place = os.fspath(path)
     if "://" not in place:
         if os.path.isfile(place):
@@ -521,6 +497,16 @@ def _connect(path: str | os.PathLike[str], *, create: bool = False) -> Any:
             raise GalleryError(f"Gallery {place} does not exist; build it with {CREATE} {place}")
     with explained(path):
         return lancedb.connect(place)
+
+
+def _table_names(path: str | os.PathLike[str], database: Any) -> list[str]:
+    names: list[str] = []
+    page = None
+    with explained(path):
+        while page is None or page:
+            response = database.list_tables(page_token=page, limit=100)
+            names, page = names + response.tables, response.page_token or ""
+    return names
 
 
 def _opened(path: str | os.PathLike[str], database: Any, name: str) -> Gallery | None:

@@ -3,7 +3,7 @@
 import argparse
 
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, whole_number
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 INDEX_DESCRIPTION = """\
 Compute the features of pictures once, into a gallery that can be searched:
@@ -160,7 +160,17 @@ def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     add("--out", "--gallery", default="people.lance", help="gallery to write or to bring up to date")
     add("--metadata", metavar="FILE.csv", help="further columns: a CSV file with a column 'path' (camera, time, ...)")
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
+    add("--ann", action="store_true", help="then build the index for tbps-search --ann, and print its measured recall")
     add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
+
+    add = parser.add_argument_group("cut persons out of whole frames, and out of videos").add_argument
+    add("--detect", metavar="MODEL", help="detector: a transformers folder or id, or torchvision's NAME:WEIGHTS.pth")
+    add("--detect_score", type=number(0, 1), default=0.5, help="boxes with a lower score are dropped")
+    add(
+        "--detect_margin", type=number(0, 10), default=0.05, help="share of its size by which a box grows on every side"
+    )
+    add("--detect_min", type=whole_number(1), default=32, help="boxes that are less high, in pixels, are dropped")
+    add("--fps", type=number(0, above=True), default=1.0, help="frames of a video that are looked at per second")
 
 
 def add_encoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +207,7 @@ def add_hit_flags(parser: argparse.ArgumentParser, *, output: str | None = None)
         const=1000,
         default=0,
         metavar="N",
-        help="let the database's index propose N candidates instead of scoring every picture (N: 1000)",
+        help="let the database's index propose N candidates instead of scoring every picture; more find more and take longer",
     )
     add("--output", default=output, help="picture of the hits to write, such as hits.png")
     add("--json", help="write the hits to this file")
