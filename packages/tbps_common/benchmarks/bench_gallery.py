@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def task(name: str, flags: argparse.Namespace, shape: tuple[int, ...]) -> dict[s
         found = rank(gallery, query, 10, ann=candidates)[1].tolist()
         share = sum(len(set(a) & set(b)) for a, b in zip(exact, found)) / sum(map(len, exact))
         result[f"recall@10 of {candidates}"] = share
-        result[f"seconds of {candidates}"] = cost(lambda: rank(gallery, one, 10, ann=candidates))["seconds"]
+        result[f"seconds of {candidates}"] = cost(partial(rank, gallery, one, 10, ann=candidates))["seconds"]
     return result
 
 
@@ -133,7 +134,7 @@ def queries(flags: argparse.Namespace, shape: tuple[int, ...], count: int) -> di
     if len(shape) > 1:
         chosen = chosen.mean(dim=1)
     noise = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0)) * chosen.norm() / len(chosen) ** 0.5
-    return {"feature": normalize(chosen + 0.7 * noise / shape[-1] ** 0.5, dim=1)}
+    return {"feature": normalize(chosen + 0.7 * noise / chosen.shape[-1] ** 0.5, dim=1)}
 
 
 def write(flags: argparse.Namespace, shape: tuple[int, ...], block: tuple[np.ndarray, np.ndarray]) -> float:

@@ -41,3 +41,14 @@ def search_main(argv: list[str]) -> int:
     from tbps_common.search.commands import search
 
     return search(flags)
+
+
+@command
+def compare_main(argv: list[str]) -> int:
+    """`tbps-compare`: several models, the same queries, one table."""
+    from tbps_common.search.options import compare_parser
+
+    flags = compare_parser().parse_args(argv)
+    from tbps_common.search.compare import compare
+
+    return compare(flags)

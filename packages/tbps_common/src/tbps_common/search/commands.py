@@ -12,10 +12,11 @@ from PIL import Image
 
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json
-from tbps_common.images import read_image
+from tbps_common.images import SUFFIXES, read_image
 from tbps_common.report.pictures import Hit as Drawn
 from tbps_common.report.pictures import RankedQuery, ranked_list
-from tbps_common.search.ann import build_index, measure_recall
+from tbps_common.search.ann import SMALLEST, build_index, measure_recall
+from tbps_common.search.detect import VIDEOS, open_detector
 from tbps_common.search.erase import erase
 from tbps_common.search.gallery import Hit, list_galleries, open_gallery
 from tbps_common.search.index import Counts, list_pictures, update_gallery
@@ -50,24 +51,37 @@ def run_index(
         batch_size: pictures encoded at once, or None for what the model suggests.
         num_workers: threads that read pictures.
     """
-    pictures = list_pictures(flags.images)
+    pictures = list_pictures(flags.images, SUFFIXES + VIDEOS if flags.detect else SUFFIXES)
     metadata = read_metadata(flags.metadata) if flags.metadata else None
     if os.path.exists(flags.out):
         list_galleries(flags.out, empty=True)
     model = open_model()
     if model.note:
         print(f"note: {model.note}")
+    detector = None
+    if flags.detect:
+        detector = open_detector(
+            flags.detect,
+            device=str(model.device),
+            score=flags.detect_score,
+            margin=flags.detect_margin,
+            smallest=flags.detect_min,
+            fps=flags.fps,
+        )
     counts = update_gallery(
         flags.out,
         model,
         pictures,
+        detector=detector,
         metadata=metadata,
         shard=flags.shard,
         half=flags.half,
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    if flags.ann:
+    if flags.ann and counts.total < SMALLEST:
+        print(f"note: no index for --ann: it pays from {SMALLEST} pictures on, exact search takes milliseconds")
+    elif flags.ann:
         gallery = open_gallery(flags.out, model)
         build_index(gallery)
         print(f"index for --ann over {counts.total} pictures; {measure_recall(open_gallery(flags.out, model), model)}")
@@ -158,12 +172,19 @@ def read_dialogue(file: str) -> list[Round]:
     """
     try:
         rounds = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-        good = bool(rounds) and all(
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--dialogue {file} cannot be read as a dialogue ({error})") from error
+    if not is_dialogue(rounds):
+        raise InputError(f"--dialogue {file} must be a list of rounds, each a list of messages with 'from' and 'value'")
+    return list(rounds)
+
+
+def is_dialogue(rounds: Any) -> bool:
+    """Whether something is a list of rounds, each a list of messages with `from` and `value`."""
+    try:
+        return bool(rounds) and all(
             round and all(isinstance(one["from"], str) and isinstance(one["value"], str) for one in round)
             for round in rounds
         )
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"--dialogue {file} cannot be read as a dialogue ({error})") from error
-    if not good:
-        raise InputError(f"--dialogue {file} must be a list of rounds, each a list of messages with 'from' and 'value'")
-    return list(rounds)
+    except (TypeError, KeyError):
+        return False

@@ -42,6 +42,9 @@ CREATE = "tbps-index --model MODEL --images FOLDER --out"
 _BLOCK_BYTES = 8 << 20
 _DIGITS = 16
 _MOST_FILTER = 10_000
+_DATE = re.compile(
+    r"(?<!timestamp )(?<!date )'(\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(?:\.\d+)?)?)?)'", re.IGNORECASE
+)
 # File names need not be Unicode, but a database's strings must: Python's stand-ins for single bytes (U+DC80 and
 # following) are stored as characters for private use, and come back as what they were.
 _TO_STORE = {0xDC00 + byte: 0xF700 + byte for byte in range(0x80, 0x100)}
@@ -71,7 +74,8 @@ class Gallery:
     detect: str = ""
 
     def __len__(self) -> int:
-        return int(self.table.count_rows("problem IS NULL"))
+        with explained(self.path):
+            return int(self.table.count_rows("problem IS NULL"))
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
@@ -126,15 +130,8 @@ def list_galleries(path: str | os.PathLike[str], *, empty: bool = False) -> list
         GalleryError: there is no database, it is damaged, or it is a file of the old format.
     """
     database = connect(path)
-    with explained(path):
-        names, page = [], None
-        while True:
-            response = database.list_tables(page_token=page, limit=100)
-            names += response.tables
-            page = response.page_token
-            if not page:
-                break
-    galleries = [gallery for name in names if (gallery := _opened(path, database, name))]
+    found = [_opened(path, database, name) for name in _table_names(path, database)]
+    galleries = [gallery for gallery in found if gallery is not None]
     if not galleries and not empty:
         raise GalleryError(f"{os.fspath(path)} holds no gallery: build one with {CREATE} {os.fspath(path)}")
     return galleries
@@ -201,10 +198,16 @@ def create_gallery(
         "detect": detect,
     }
     name = f"{re.sub(r'[^a-z0-9]+', '', model.name.partition(':')[0].lower()) or 'model'}-{model.fingerprint[:_DIGITS]}"
-    with explained(path):
-        database = connect(path, create=True)
-        database.create_table(name, schema=pa.schema(fields, metadata=about), exist_ok=True)
-    gallery = _opened(path, database, name)
+    database = connect(path, create=True)
+    gallery = _opened(path, database, name) if name in _table_names(path, database) else None
+    if gallery is None:
+        with explained(path):
+            try:
+                database.create_table(name, schema=pa.schema(fields, metadata=about))
+            except (RuntimeError, ValueError) as error:
+                if "already exists" not in str(error):  # another process was faster
+                    raise
+        gallery = _opened(path, database, name)
     assert gallery is not None
     return gallery
 
@@ -260,7 +263,7 @@ def rank(
         ]
         joined = tuple(torch.cat(column) for column in zip(*padded))
         return joined[0], joined[1], joined[2]
-    return _ranked(gallery, queries, _blocks(gallery, condition), topk, device)
+    return _ranked(gallery, queries, feature_blocks(gallery, condition), topk, device)
 
 
 def _ranked(
@@ -327,7 +330,7 @@ def hits_of(gallery: Gallery, rows: Sequence[int], scores: Sequence[float]) -> l
     return found
 
 
-def _blocks(gallery: Gallery, condition: str | None) -> Iterator[tuple[Tensor, Features]]:
+def feature_blocks(gallery: Gallery, condition: str | None) -> Iterator[tuple[Tensor, Features]]:
     """Row numbers and features of all rows that have some, a few megabytes at a time."""
     names = [one.name for one in gallery.features]
     size = sum(
@@ -367,7 +370,13 @@ def _candidates(gallery: Gallery, queries: Features, query: int, count: int, con
     with explained(gallery.path):
         vector = queries[gallery.features[0].name][query].float().numpy()
         search = gallery.table.search(vector, vector_column_name=column)
-        search = search.distance_type("dot").limit(count).with_row_id(True).select(["key"])
+        search = (
+            search.distance_type("dot")
+            .limit(count)
+            .nprobes(max(20, count // 8))
+            .with_row_id(True)
+            .select(["_distance"])
+        )
         if condition:
             search = search.where(condition, prefilter=True)
         return sorted(search.to_arrow()["_rowid"].to_pylist())
@@ -407,12 +416,7 @@ def check_filter(gallery: Gallery, where: str | None) -> str | None:
             f"--where {where!r} must be one condition, without comments, ';', open quotation marks or open brackets"
         )
     # SQL compares a date with text, this database wants to be told that the text is one.
-    dated = re.sub(
-        r"(?<!timestamp )(?<!date )('\d{4}-\d{2}-\d{2}(?:[ T]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?)?')",
-        r"timestamp \1",
-        where,
-        flags=re.IGNORECASE,
-    )
+    dated = _DATE.sub(lambda found: f"timestamp '{found[1]}{'' if found[3] or not found[2] else ':00'}'", where)
     problem: Exception | None = None
     for condition in dict.fromkeys(
         (f"({where})", f"({dated})")
@@ -493,6 +497,16 @@ def connect(path: str | os.PathLike[str], *, create: bool = False) -> Any:
             raise GalleryError(f"Gallery {place} does not exist; build it with {CREATE} {place}")
     with explained(path):
         return lancedb.connect(place)
+
+
+def _table_names(path: str | os.PathLike[str], database: Any) -> list[str]:
+    names: list[str] = []
+    page = None
+    with explained(path):
+        while page is None or page:
+            response = database.list_tables(page_token=page, limit=100)
+            names, page = names + response.tables, response.page_token or ""
+    return names
 
 
 def _opened(path: str | os.PathLike[str], database: Any, name: str) -> Gallery | None:

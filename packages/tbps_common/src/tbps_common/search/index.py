@@ -1,10 +1,11 @@
 """Bringing a gallery up to date with the pictures on the disk, batch by batch, so that it can be killed at any moment."""
 
+import itertools
 import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -14,9 +15,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tbps_common.errors import GalleryError, InputError
+from tbps_common.errors import GalleryError, ImageError, InputError
 from tbps_common.images import SUFFIXES
 from tbps_common.run.progress import progress_bar
+from tbps_common.search.detect import Detector, Person
 from tbps_common.search.gallery import Gallery, create_gallery, explained, list_galleries, merge, remove_rows
 from tbps_common.search.metadata import Metadata
 from tbps_common.search.retriever import Features, Retriever, encode_images
@@ -116,6 +118,7 @@ def update_gallery(
     metadata: Metadata | None = None,
     shard: tuple[int, int] = (0, 1),
     half: bool = False,
+    detector: Detector | None = None,
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> Counts:
@@ -131,6 +134,7 @@ def update_gallery(
         metadata: further columns, also for the pictures that are in the gallery already.
         shard: `(i, n)`: only the i-th of n parts, which do not depend on each other; all n may run at once.
         half: store float16, in a new gallery.
+        detector: cuts persons out of the pictures and videos; otherwise a picture is one person.
         batch_size: pictures encoded at once.
         num_workers: threads that read pictures.
 
@@ -138,7 +142,12 @@ def update_gallery(
         GalleryError: the gallery cannot be used, or features are not finite.
         OSError: the disk is full, or the gallery cannot be written. What was committed stays.
     """
-    gallery = create_gallery(out, model, pictures.root, half=half)
+    settings = "" if detector is None else detector.settings
+    gallery = create_gallery(out, model, pictures.root, half=half, detect=settings)
+    if gallery.detect != settings:
+        raise GalleryError(
+            f"{out} was made with --detect {gallery.detect or 'left out'}: give the same flags, or write to another --out"
+        )
     if metadata is not None:
         metadata.prepare(gallery)
     known = _stamps(gallery)
@@ -166,18 +175,28 @@ def update_gallery(
     counts.skipped = sum(
         name in known and known[name].rows == 0 and known[name].stamp == wanted[name] for name in wanted
     )
-    with progress_bar(len(todo), unit="image") as bar:
-        batches = encode_images(
-            model, [gallery.file(name) for name in todo], batch_size=batch_size, num_workers=num_workers
-        )
-        pending = _Pending(gallery, known, wanted, counts, metadata, places)
-        for done, features, problems in batches if todo else ():
-            pending.add([todo[place] for place in done], features)
-            for place, problem in problems:
-                bar.write(f"skipped: {problem}", file=sys.stderr)
-                pending.add_problem(todo[place], problem)
-            pending.commit_when_due()
-            bar.update(len(done) + len(problems))
+    pending = _Pending(gallery, known, wanted, counts, metadata, places)
+    options = {"batch_size": batch_size, "num_workers": num_workers}
+    with progress_bar(len(todo), unit="image" if detector is None else "file") as bar:
+        if detector is None:
+            batches = encode_images(model, [gallery.file(name) for name in todo], **options)
+            for done, features, problems in batches if todo else ():
+                pending.add([(todo[place], None) for place in done], features)
+                for place, problem in problems:
+                    bar.write(f"skipped: {problem}", file=sys.stderr)
+                    pending.add_problem(todo[place], problem)
+                pending.commit_when_due()
+                bar.update(len(done) + len(problems))
+        else:
+            for name in todo:
+                try:
+                    _add_persons(pending, model, name, detector.persons(gallery.file(name)), options)
+                except ImageError as error:
+                    bar.write(f"skipped: {error}", file=sys.stderr)
+                    pending.drop(name)
+                    pending.add_problem(name, str(error))
+                pending.commit_when_due()
+                bar.update()
         pending.commit()
     if metadata is not None:
         for one in list_galleries(out):
@@ -195,6 +214,19 @@ def update_gallery(
         gallery.table.optimize(cleanup_older_than=timedelta(hours=1))
     counts.total = len(gallery)
     return counts
+
+
+def _add_persons(
+    pending: "_Pending", model: Retriever, name: str, persons: Iterator[Person], options: dict[str, int | None]
+) -> None:
+    """Encode the persons of one file, a batch at a time; all of them come into one commit."""
+    size, found = options["batch_size"] or model.batch_size, 0
+    while chunk := list(itertools.islice(persons, size)):
+        for done, features, _ in encode_images(model, [person.image for person in chunk], batch_size=size):
+            pending.add([(name, chunk[place]) for place in done], features, first=found)
+        found += len(chunk)
+    if not found:
+        pending.add_problem(name, "no person was found")
 
 
 @dataclass(frozen=True)
@@ -242,20 +274,33 @@ class _Pending:
     features: list[Features] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
-    def add(self, names: Sequence[str], features: Features) -> None:
+    def add(self, pictures: Sequence[tuple[str, Person | None]], features: Features, *, first: int = 0) -> None:
+        """Rows of stored paths, or of persons found in them, which are numbered from `first` on."""
         for name, tensor in features.items():
             finite = torch.isfinite(tensor).flatten(1).all(dim=1)
             if not bool(finite.all()):
-                first = self.gallery.file(names[int((~finite).nonzero()[0])])
+                bad = self.gallery.file(pictures[int((~finite).nonzero()[0])][0])
                 raise GalleryError(
-                    f"Feature {name} of {first} holds NaN or infinity; check the image and the checkpoint."
+                    f"Feature {name} of {bad} holds NaN or infinity; check the image and the checkpoint."
                 )
-        self.records += [self._record(name, None) for name in names]
-        if names:
+        for number, (name, person) in enumerate(pictures, start=first):
+            cut = {} if person is None else {"key": f"{name}//{number}", "frame": person.frame, "box": person.box}
+            self.records.append({**self._record(name, None), **cut})
+        if pictures:
             self.features.append(features)
 
     def add_problem(self, name: str, problem: str) -> None:
+        """A row for a file without features."""
         self.records.append(self._record(name, problem))
+
+    def drop(self, name: str) -> None:
+        """Forget the persons of a file that could be read only in part."""
+        good = [record for record in self.records if record["problem"] is None]
+        kept = torch.tensor([record["path"] != name for record in good], dtype=torch.bool)
+        if self.features:
+            joined = {one: torch.cat([part[one] for part in self.features])[kept] for one in self.features[0]}
+            self.features = [joined] if len(kept) and bool(kept.any()) else []
+        self.records = [record for record in self.records if record["path"] != name]
 
     def _record(self, name: str, problem: str | None) -> dict[str, Any]:
         size, mtime = self.wanted[name]
@@ -267,21 +312,22 @@ class _Pending:
 
     def commit(self) -> None:
         if self.records:
-            changed = [record["path"] for record in self.records if record["path"] in self.known]
+            good: dict[str, list[bool]] = {}
+            for record in self.records:
+                good.setdefault(record["path"], []).append(record["problem"] is None)
+            changed = [path for path in good if path in self.known]
             inserted = merge(self.gallery, self._table(), replaced=changed)
             # What another process has indexed meanwhile counts as replaced.
             replaced = sum(record["path"] not in self.known for record in self.records) - inserted
             self.counts.added -= replaced
             self.counts.updated += replaced
-            for record in self.records:
-                before = self.known.get(record["path"])
-                if record["problem"] is not None:
-                    self.counts.skipped += 1
-                    self.counts.removed += before.rows if before else 0
-                elif before and before.rows:
-                    self.counts.updated += 1
-                else:
-                    self.counts.added += 1
+            for path in good:
+                before = self.known[path].rows if path in self.known else 0
+                now = sum(good[path])
+                self.counts.updated += min(before, now)
+                self.counts.added += max(0, now - before)
+                self.counts.removed += max(0, before - now)
+                self.counts.skipped += now == 0
         self.records, self.features, self.since = [], [], time.monotonic()
 
     def _table(self) -> pa.Table:

@@ -1,9 +1,9 @@
-"""The flags of `tbps-index` and `tbps-search`."""
+"""The flags of `tbps-index`, `tbps-search` and `tbps-compare`."""
 
 import argparse
 
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, whole_number
+from tbps_common.run.arguments import HelpFormatter, number, whole_number
 
 INDEX_DESCRIPTION = """\
 Compute the features of pictures once, into a gallery that can be searched:
@@ -26,6 +26,20 @@ Find the pictures of a gallery that match, best first:
   tbps-search --model fafa:RUN --gallery people.lance --image me.jpg --text "with a black coat instead"
   tbps-search --model diana:FOLDER --gallery people.lance --dialogue dialogue.json
   ... --where "camera = 'cam_a' and time > '2026-05-01'" --output hits.png --json hits.json
+"""
+COMPARE_DESCRIPTION = """\
+Ask several models the same queries on one gallery, and say which one finds more, with 95 % intervals over the persons:
+
+  tbps-compare --gallery people.lance --model clip:ViT-B-16/openai --model cmlfa:RUN --queries queries.jsonl
+
+A line of queries.jsonl asks (text, image, both, or dialogue) and says what is right (answers: paths in the gallery, or
+identity: a value of the column that --identity names). A CSV file with these columns does as well:
+
+  {"text": "a man with a red backpack", "answers": ["cam_a/17.jpg", "cam_b/4.jpg"]}
+  {"image": "me.jpg", "text": "with a black coat instead", "identity": "17"}
+  {"dialogue": [[{"from": "gpt", "value": "..."}, {"from": "user", "value": "..."}]], "identity": "17", "person": "17"}
+
+Differences are those to the first model. Written to --out: comparison.json, comparison.txt, and cmc_*.png.
 """
 MODEL_HELP = "KIND:PLACE, such as cmlfa:RUN, mra:CHECKPOINT, fafa:RUN, diana:FOLDER, clip:ViT-B-16/openai"
 
@@ -93,6 +107,48 @@ def check_search_flags(flags: argparse.Namespace) -> None:
         raise InputError("--text is empty: describe the person to look for, or give --image or --dialogue")
 
 
+def compare_parser() -> argparse.ArgumentParser:
+    """The parser of `tbps-compare`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-compare", description=COMPARE_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--gallery", default="people.lance", help="gallery that all models have indexed")
+    add("--model", action="append", required=True, help=f"may be repeated: {MODEL_HELP}")
+    add("--queries", required=True, metavar="FILE", help="JSON lines, or CSV with a header if its name ends so")
+    add("--identity", metavar="COLUMN", help="column of the gallery's metadata that the queries' identity refers to")
+    add("--where", metavar="SQL", help="condition on the gallery's columns, such as \"split = 'test'\"")
+    add(
+        "--join_dialogue",
+        "--join-dialogue",
+        action="store_true",
+        help="ask models for sentences with what the user says in a dialogue, as one text",
+    )
+    add(
+        "--by_rounds",
+        "--by-rounds",
+        action="store_true",
+        help="ask with the first round of a dialogue, the first two, ...",
+    )
+    add(
+        "--baselines",
+        action="store_true",
+        help="of a picture with a sentence, ask with each alone too, and with the sum of their scores",
+    )
+    add(
+        "--judge",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="also let a model's second stage judge N hits (mra)",
+    )
+    add("--resamples", type=whole_number(1), default=2000, help="draws of persons for the intervals")
+    add("--seed", type=whole_number(0), default=0, help="of these draws")
+    add("--out", default="comparison", metavar="FOLDER", help="where to write")
+    add_model_flags(parser)
+    return parser
+
+
 def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What is indexed, and into which gallery."""
     add = parser.add_argument
@@ -106,6 +162,15 @@ def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
     add("--ann", action="store_true", help="then build the index for tbps-search --ann, and print its measured recall")
     add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
+
+    add = parser.add_argument_group("cut persons out of whole frames, and out of videos").add_argument
+    add("--detect", metavar="MODEL", help="detector: a transformers folder or id, or torchvision's NAME:WEIGHTS.pth")
+    add("--detect_score", type=number(0, 1), default=0.5, help="boxes with a lower score are dropped")
+    add(
+        "--detect_margin", type=number(0, 10), default=0.05, help="share of its size by which a box grows on every side"
+    )
+    add("--detect_min", type=whole_number(1), default=32, help="boxes that are less high, in pixels, are dropped")
+    add("--fps", type=number(0, above=True), default=1.0, help="frames of a video that are looked at per second")
 
 
 def add_encoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +207,7 @@ def add_hit_flags(parser: argparse.ArgumentParser, *, output: str | None = None)
         const=1000,
         default=0,
         metavar="N",
-        help="let the database's index propose N candidates instead of scoring every picture (N: 1000)",
+        help="let the database's index propose N candidates instead of scoring every picture; more find more and take longer",
     )
     add("--output", default=output, help="picture of the hits to write, such as hits.png")
     add("--json", help="write the hits to this file")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from tbps_common.errors import InputError
 from tbps_common.images import read_image
+from tbps_common.search.detect import video_frame
 from tbps_common.search.gallery import Gallery, Hit, hits_of, rank, read_rows
 from tbps_common.search.retriever import Query, Retriever, Round, encode_queries
 
@@ -63,8 +64,13 @@ def picture_of(hit: Hit) -> Image.Image:
     Raises:
         DatasetError: the file is gone or cannot be read.
     """
-    image = read_image(hit.path, as_shown=True)
+    image = frame_of(hit)
     return image if hit.box is None else image.crop(hit.box)
+
+
+def frame_of(hit: Hit) -> Image.Image:
+    """The whole picture, or the video's frame, that a hit was cut out of; errors as for `picture_of`."""
+    return read_image(hit.path, as_shown=True) if hit.frame is None else video_frame(hit.path, hit.frame)
 
 
 def next_question(
