@@ -81,7 +81,7 @@ def task(name: str, flags: argparse.Namespace, shape: tuple[int, ...]) -> dict[s
     kind, _, count = name.partition(" ")
     query = queries(flags, shape, int(count or 64))
     if kind == "faiss":
-        import faiss
+        import faiss  # pyright: ignore[reportMissingImports]
 
         faiss.omp_set_num_threads(flags.threads)
         flat = faiss.IndexFlatIP(shape[0])

@@ -12,6 +12,14 @@ def data_main(argv: list[str]) -> int:
 
 
 @command
+def model_main(argv: list[str]) -> int:
+    """`tbps-model inspect | convert | export`: say what a weight file is, convert it, export its encoders."""
+    from tbps_common.models.commands import main
+
+    return main(argv)
+
+
+@command
 def index_main(argv: list[str]) -> int:
     """`tbps-index`: bring a gallery up to date with the pictures on the disk, or delete from it."""
     from tbps_common.search.options import check_index_flags, index_parser
@@ -33,3 +41,14 @@ def search_main(argv: list[str]) -> int:
     from tbps_common.search.commands import search
 
     return search(flags)
+
+
+@command
+def compare_main(argv: list[str]) -> int:
+    """`tbps-compare`: several models, the same queries, one table."""
+    from tbps_common.search.options import compare_parser
+
+    flags = compare_parser().parse_args(argv)
+    from tbps_common.search.compare import compare
+
+    return compare(flags)

@@ -121,3 +121,11 @@ def dp_toy_main(argv: list[str]) -> int:
     from tbps_world.toys.dp_gen import main
 
     return main(argv)
+
+
+@command
+def compare_toy_main(argv: list[str]) -> int:
+    """`compare-toy`: the toys' models and a plain CLIP on one gallery of people whom none has seen."""
+    from tbps_world.toys.compare import main
+
+    return main(argv)

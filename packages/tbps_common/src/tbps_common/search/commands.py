@@ -172,12 +172,19 @@ def read_dialogue(file: str) -> list[Round]:
     """
     try:
         rounds = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-        good = bool(rounds) and all(
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--dialogue {file} cannot be read as a dialogue ({error})") from error
+    if not is_dialogue(rounds):
+        raise InputError(f"--dialogue {file} must be a list of rounds, each a list of messages with 'from' and 'value'")
+    return list(rounds)
+
+
+def is_dialogue(rounds: Any) -> bool:
+    """Whether something is a list of rounds, each a list of messages with `from` and `value`."""
+    try:
+        return bool(rounds) and all(
             round and all(isinstance(one["from"], str) and isinstance(one["value"], str) for one in round)
             for round in rounds
         )
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"--dialogue {file} cannot be read as a dialogue ({error})") from error
-    if not good:
-        raise InputError(f"--dialogue {file} must be a list of rounds, each a list of messages with 'from' and 'value'")
-    return list(rounds)
+    except (TypeError, KeyError):
+        return False

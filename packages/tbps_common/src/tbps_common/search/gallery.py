@@ -263,7 +263,7 @@ def rank(
         ]
         joined = tuple(torch.cat(column) for column in zip(*padded))
         return joined[0], joined[1], joined[2]
-    return _ranked(gallery, queries, _blocks(gallery, condition), topk, device)
+    return _ranked(gallery, queries, feature_blocks(gallery, condition), topk, device)
 
 
 def _ranked(
@@ -330,7 +330,7 @@ def hits_of(gallery: Gallery, rows: Sequence[int], scores: Sequence[float]) -> l
     return found
 
 
-def _blocks(gallery: Gallery, condition: str | None) -> Iterator[tuple[Tensor, Features]]:
+def feature_blocks(gallery: Gallery, condition: str | None) -> Iterator[tuple[Tensor, Features]]:
     """Row numbers and features of all rows that have some, a few megabytes at a time."""
     names = [one.name for one in gallery.features]
     size = sum(

@@ -1,4 +1,4 @@
-"""The flags of `tbps-index` and `tbps-search`."""
+"""The flags of `tbps-index`, `tbps-search` and `tbps-compare`."""
 
 import argparse
 
@@ -26,6 +26,20 @@ Find the pictures of a gallery that match, best first:
   tbps-search --model fafa:RUN --gallery people.lance --image me.jpg --text "with a black coat instead"
   tbps-search --model diana:FOLDER --gallery people.lance --dialogue dialogue.json
   ... --where "camera = 'cam_a' and time > '2026-05-01'" --output hits.png --json hits.json
+"""
+COMPARE_DESCRIPTION = """\
+Ask several models the same queries on one gallery, and say which one finds more, with 95 % intervals over the persons:
+
+  tbps-compare --gallery people.lance --model clip:ViT-B-16/openai --model cmlfa:RUN --queries queries.jsonl
+
+A line of queries.jsonl asks (text, image, both, or dialogue) and says what is right (answers: paths in the gallery, or
+identity: a value of the column that --identity names). A CSV file with these columns does as well:
+
+  {"text": "a man with a red backpack", "answers": ["cam_a/17.jpg", "cam_b/4.jpg"]}
+  {"image": "me.jpg", "text": "with a black coat instead", "identity": "17"}
+  {"dialogue": [[{"from": "gpt", "value": "..."}, {"from": "user", "value": "..."}]], "identity": "17", "person": "17"}
+
+Differences are those to the first model. Written to --out: comparison.json, comparison.txt, and cmc_*.png.
 """
 MODEL_HELP = "KIND:PLACE, such as cmlfa:RUN, mra:CHECKPOINT, fafa:RUN, diana:FOLDER, clip:ViT-B-16/openai"
 
@@ -91,6 +105,48 @@ def check_search_flags(flags: argparse.Namespace) -> None:
         raise InputError("--dialogue stands alone: leave --text and --image out")
     if not (flags.dialogue or flags.image) and not flags.text.strip():
         raise InputError("--text is empty: describe the person to look for, or give --image or --dialogue")
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """The parser of `tbps-compare`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-compare", description=COMPARE_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--gallery", default="people.lance", help="gallery that all models have indexed")
+    add("--model", action="append", required=True, help=f"may be repeated: {MODEL_HELP}")
+    add("--queries", required=True, metavar="FILE", help="JSON lines, or CSV with a header if its name ends so")
+    add("--identity", metavar="COLUMN", help="column of the gallery's metadata that the queries' identity refers to")
+    add("--where", metavar="SQL", help="condition on the gallery's columns, such as \"split = 'test'\"")
+    add(
+        "--join_dialogue",
+        "--join-dialogue",
+        action="store_true",
+        help="ask models for sentences with what the user says in a dialogue, as one text",
+    )
+    add(
+        "--by_rounds",
+        "--by-rounds",
+        action="store_true",
+        help="ask with the first round of a dialogue, the first two, ...",
+    )
+    add(
+        "--baselines",
+        action="store_true",
+        help="of a picture with a sentence, ask with each alone too, and with the sum of their scores",
+    )
+    add(
+        "--judge",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="also let a model's second stage judge N hits (mra)",
+    )
+    add("--resamples", type=whole_number(1), default=2000, help="draws of persons for the intervals")
+    add("--seed", type=whole_number(0), default=0, help="of these draws")
+    add("--out", default="comparison", metavar="FOLDER", help="where to write")
+    add_model_flags(parser)
+    return parser
 
 
 def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
