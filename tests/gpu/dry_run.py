@@ -35,7 +35,7 @@ class Cost:
 
 def measure(system: System, size: Size = "paper") -> dict[str, Cost]:
     """Phase -> its cost, on a network of its own. The second run counts, because the first one makes what stays."""
-    network = system.build(size)
+    network = system.build(size, "meta")
     costs = {}
     for name, phase in system.phases.items():
         with fake_cuda() as device, accelerate_on(DEVICE):
@@ -62,7 +62,7 @@ def main() -> None:
         phases = SYSTEMS[name].phases
         for phase, cost in measure(SYSTEMS[name]).items():
             what = f"{name}: {phase}, {phases[phase].count} {phases[phase].items}"
-            numbers = f"{cost.peak:.1f} | {cost.weights:.1f} | {cost.tflop:.2g} | {cost.half_share:.0%}"
+            numbers = f"{cost.peak:.1f} | {cost.weights:.1f} | {cost.tflop:.3g} | {cost.half_share:.0%}"
             print(f"| {what} | {numbers} | {sum(cost.waits.values())} |", flush=True)
             for wait, count in cost.waits.items():
                 print(f"  {count} x {wait}", file=sys.stderr)

@@ -114,11 +114,11 @@ class System:
     """A system and its phases.
 
     Attributes:
-        build: size -> the network on the meta device: that of the paper; one with few layers of the same width; a tiny one.
+        build: size and device -> the network: that of the paper; one with few layers of the same width; or a tiny one.
         phases: by name.
     """
 
-    build: Callable[[Size], nn.Module]
+    build: Callable[[Size, str], nn.Module]
     phases: dict[str, Phase]
 
 
@@ -154,11 +154,11 @@ def bert_vocabulary() -> Iterator[str]:
 # CMLFA: ViT-B/16 on 384 x 128 in the released mixture of float16 and float32.
 
 
-def build_cmlfa(size: Size) -> nn.Module:
+def build_cmlfa(size: Size, where: str = "meta") -> nn.Module:
     joint, image, depth, text = {"paper": (512, 768, 12, 512), "few layers": (512, 768, 2, 512)}.get(
         size, (64, 64, 1, 64)
     )
-    with torch.device("meta"):
+    with torch.device(where):
         geometry = ClipGeometry(joint, image, depth, 16, 77, 49408, text, depth)
         model = CMLFA(ModelSettings(loss_names="sdm+mlm+id+itc"), geometry, 11003)
     if size != "tiny":  # which runs on a CPU
@@ -192,14 +192,14 @@ def encode_cmlfa(model: CMLFA, at: Place) -> Run:
 # FAFA: EVA ViT-g on 224 x 224 in float16, frozen; the Q-Former under autocast.
 
 
-def build_fafa(size: Size) -> nn.Module:
+def build_fafa(size: Size, where: str = "meta") -> nn.Module:
     paper = read_settings("pretrain", load_pretrained=False)
     if size != "paper":
         paper = replace(paper, vit_depth=2, qformer=replace(paper.qformer, num_hidden_layers=2))
     if size == "tiny":
         small = replace(paper.qformer, hidden_size=64, num_attention_heads=1, intermediate_size=64)
         paper = replace(paper, image_size=28, vit_width=64, vit_heads=1, embed_dim=16, qformer=small)
-    with bert_vocabulary() as folder, torch.device("meta"):
+    with bert_vocabulary() as folder, torch.device(where):
         model = Blip2FAFACPR(replace(paper, tokenizer=folder))
     if size != "tiny":
         model.store_vit_in_half()
@@ -255,8 +255,8 @@ def rank_fafa(model: Blip2FAFACPR, at: Place) -> Run:
 # DiaNA: SwinV2-B and Llama-3.2-1B under bfloat16 autocast, one process, activations kept. Its loop is transformers' Trainer.
 
 
-def build_diana(stage: str) -> Callable[[Size], nn.Module]:
-    def build(size: Size) -> nn.Module:
+def build_diana(stage: str) -> Callable[[Size, str], nn.Module]:
+    def build(size: Size, where: str = "meta") -> nn.Module:
         config = DiaNAConfig.from_file(ROOT / "packages/diana/DiaNA/train/configs/config.json")
         sdm, queries = stage == "finetune", 16 if stage == "finetune" else 24
         config.enable_sdm = config.refiner_config["enable_sdm"] = sdm
@@ -274,7 +274,7 @@ def build_diana(stage: str) -> Callable[[Size], nn.Module]:
                 "head_dim": 32,
             }
             config.llama_config |= {"num_key_value_heads": 1, "vocab_size": 1000}
-        with torch.device("meta"):
+        with torch.device(where):
             return DiaNAModel(config)
 
     return build
@@ -356,7 +356,7 @@ DP_FLAGS = """--max_train_steps 30000 --train_batch_size 32 --lr 1e-5 --mixed_pr
 --reference_attribute_types hair_uppercloth_bottomcloth --attribute_loc_weight 1e-3 --dataset_name unused""".split()
 
 
-def build_dp(size: Size) -> nn.Module:
+def build_dp(size: Size, where: str = "meta") -> nn.Module:
     args, paper = parse_args(DP_FLAGS), size == "paper"
     depth, layers = (12, 2) if paper else (2, 1)
     width, image_width = (64, 64) if size == "tiny" else (768, 1024)
@@ -379,7 +379,7 @@ def build_dp(size: Size) -> nn.Module:
         patch_size=14,
         projection_dim=width,
     )
-    with torch.device("meta"):
+    with torch.device(where):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -445,8 +445,8 @@ def sample_dp(model: DiversePersonModel, at: Place) -> Run:
 # MRA: Swin-B and BERT under bfloat16 autocast; pre-training on SDA, fine-tuning on CUHK-PEDES, its evaluation.
 
 
-def build_mra(task: str) -> Callable[[Size], nn.Module]:
-    def build(size: Size) -> nn.Module:
+def build_mra(task: str) -> Callable[[Size, str], nn.Module]:
+    def build(size: Size, where: str = "meta") -> nn.Module:
         config = load_config(f"configs/{task}.yaml")
         vision, text = (read_json(PACKAGE / config[key]) for key in ("vision_config", "text_config"))
         if size != "paper":
@@ -456,7 +456,7 @@ def build_mra(task: str) -> Callable[[Size], nn.Module]:
             vision |= {"embed_dim": 32, "num_heads": [1, 2, 4, 8], "vision_width": 256}
             text |= {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 64}
         config |= {"vision_config": vision, "text_config": text}
-        with torch.device("meta"):
+        with torch.device(where):
             return Retrieval(config, init_backbones=False)
 
     return build
@@ -470,6 +470,7 @@ def train_mra(task: str) -> Callable[[Retrieval, Place], Run]:
         meters, finite, weight = Meters(), FiniteLoss(at.device, str), config["region"]
         image = pictures(1, config["h"], config["w"])[0]
         atts = torch.ones(1 + model.settings.vision.num_tokens)
+        atts[1:9] = 0  # inside the box
         caption = "1 2 3 " * 8
         pairs: Any = [(image, caption, caption, atts, "4 5 6", number, number) for number in range(at.count)]
         with bert_vocabulary() as folder:

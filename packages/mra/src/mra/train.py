@@ -175,7 +175,7 @@ class Training:
         position, run, count = self.position, self.run, self.batches.batches_per_epoch
         if not position.batch:
             self.meters = Meters()
-        self.finite = FiniteLoss(run.device, self._not_finite)
+        self.finite, region_weight = FiniteLoss(run.device, self._not_finite), self.settings.get("region", 0)
         self.model.train()
         self.batches.set_position(position.epoch, position.batch)
         logger.info("Train Epoch: [%d]", position.epoch)
@@ -183,7 +183,10 @@ class Training:
         mark = began
         for batch in run.load(self.loader):
             waited += time.perf_counter() - mark
-            self._step(to_device(batch, run.device))
+            losses, stepped = training_step(
+                self.network, to_device(batch, run.device), region_weight, self.optimizer, self.precision
+            )
+            self._after_step(losses, stepped)
             position.batch += 1
             last = position.batch == count
             if (position.batch - 1) % self.args.log_every == 0 or last:
@@ -199,10 +202,8 @@ class Training:
         seconds = int(time.perf_counter() - began)
         logger.info("Train Epoch: [%d] Total time: %s", position.epoch, datetime.timedelta(seconds=seconds))
 
-    def _step(self, batch: dict[str, Any]) -> None:
-        """One step of the optimizer, of the schedule and of the meters."""
-        weight = self.settings.get("region", 0)
-        losses, stepped = training_step(self.network, batch, weight, self.optimizer, self.precision)
+    def _after_step(self, losses: dict[str, Tensor], stepped: bool) -> None:
+        """Advance schedule and meters; count steps that the gradient scaler has left out."""
         if stepped:
             self.position.steps += 1
             self.schedule.set_rates(self.position.steps)

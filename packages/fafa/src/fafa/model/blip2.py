@@ -156,12 +156,21 @@ class Blip2(nn.Module):
         return self.ln_vision(self.vit_states(image))
 
     def tokenize(self, captions: Captions) -> Mapping[str, Tensor]:
-        """Token ids and mask, padded and cut to `max_txt_len`, on the model's device; encodings pass through."""
+        """Token ids and mask on the model's device, cut to `max_txt_len`; encodings pass through.
+
+        Padded to the longest caption, up to a multiple of 8: nothing looks at padding, so more of it changes no feature.
+        """
         if isinstance(captions, Mapping):
             encoded: Mapping[str, Tensor] = captions
         else:
+            length = self.max_txt_len
             encoded = self.tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.max_txt_len, return_tensors="pt"
+                list(captions),
+                padding="longest",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+                pad_to_multiple_of=None if length % 8 else 8,
             )
         return {name: encoded[name].to(self.device, non_blocking=True) for name in ("input_ids", "attention_mask")}
 
