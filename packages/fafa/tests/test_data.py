@@ -106,14 +106,20 @@ def test_triplets_that_cannot_be_loaded_are_left_out_of_their_batch(
 def test_batches_do_not_depend_on_workers_or_on_where_an_epoch_is_entered(toy: Path) -> None:
     dataset = SynCPRDataset(toy / "syncpr", preprocess=squarepad_transform_train(28))
 
-    def batches(workers: int, first: int) -> list[Any]:
+    def batches(workers: int, first: int, method: str | None = None) -> list[Any]:
         sampler = EpochBatches(len(dataset), 4, seed=3)
         sampler.set_position(1, first)
-        return list(train_loader(dataset, sampler, workers, torch.device("cpu")))
+        loader = train_loader(dataset, sampler, workers, torch.device("cpu"))
+        loader.multiprocessing_context = method  # type: ignore[assignment]
+        return list(loader)
 
     whole = batches(0, 0)
     assert len(whole) == 4
-    for found, expected in [*zip(batches(1, 0), whole), *zip(batches(0, 2), whole[2:])]:
+    for found, expected in [
+        *zip(batches(1, 0, "fork"), whole),
+        *zip(batches(1, 0, "spawn"), whole),
+        *zip(batches(0, 2), whole[2:]),
+    ]:
         assert all(torch.equal(found[place], expected[place]) for place in (0, 1, 3))
         assert list(found[2]) == list(expected[2])
     state = torch.get_rng_state()

@@ -4,7 +4,6 @@ import json
 import math
 import random
 from collections.abc import Callable
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
 
 from mra.data import (
     FinetuneDataset,
@@ -21,8 +21,11 @@ from mra.data import (
     build_transforms,
     region_attention,
 )
+from mra.data.loader import training_dataset
 from mra.data.regions import box_in_pixels, crop_around
+from tbps_common.datasets import load_sda
 from tbps_common.errors import DatasetError
+from tbps_common.run.batches import EpochBatches, SeededItems
 
 
 def config_of(stored: Any, name: str) -> dict[str, Any]:
@@ -211,13 +214,35 @@ def test_augmented_captions_follow_the_table_of_the_configuration(folder: Path) 
     assert seen_captions == {"man", "guy", "guy man"}
 
 
-def test_datasets_reach_loader_processes(folder: Path) -> None:
-    dataset = PretrainDataset(sda_config(folder))
-    copy = ForkingPickler.loads(ForkingPickler.dumps(dataset))
-    random.seed(3)
-    expected = dataset[4]
-    random.seed(3)
-    assert torch.equal(copy[4][0], expected[0])
+def test_forked_and_spawned_loaders_give_the_same_items(folder: Path) -> None:
+    """Both kinds of data set in one loader: a process takes seconds to spawn."""
+    records = [{"image": "a.png", "caption": f"man {number}", "image_id": 7} for number in range(3)]
+    (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    config = sda_config(folder, train_file=str(folder / "train.json"))
+    data: Any = ConcatDataset([PretrainDataset(config), FinetuneDataset(config)])
+    batches = EpochBatches(len(data), 4, seed=3)
+    found = {}
+    for method in (None, "fork", "spawn"):
+        loader = DataLoader(
+            SeededItems(data),
+            batch_sampler=batches,
+            num_workers=0 if method is None else 1,
+            collate_fn=list,
+            multiprocessing_context=method,
+        )
+        found[method] = [item for batch in loader for item in batch]
+    assert len(found[None]) == 8
+    for method in ("fork", "spawn"):
+        for item, expected in zip(found[method], found[None], strict=True):
+            assert torch.equal(item[0], expected[0]) and item[1:3] == expected[1:3] and item[4:] == expected[4:]
+
+
+def test_what_the_checks_have_read_is_not_read_again(folder: Path) -> None:
+    config = sda_config(folder)
+    data = load_sda(config["train_file_regions"], config["image_root"])
+    (folder / "sda.json").unlink()
+    dataset = training_dataset(config, data)
+    assert len(dataset) == 5 and dataset.image_path(4) == str(folder / "a.png")
 
 
 def test_only_training_transforms_draw(folder: Path) -> None:

@@ -27,7 +27,7 @@ from diana.data import (
 from diana.data.text import prefix_length
 from diana.tokenizer import encode
 from tbps_common.errors import DatasetError, InputError
-from tbps_common.run.batches import ItemKey, SeededItems
+from tbps_common.run.batches import EpochBatches, ItemKey, SeededItems
 
 MEAN, STD = [0.39, 0.37, 0.35], [0.24, 0.24, 0.23]
 
@@ -228,6 +228,24 @@ def test_dialogue_samples(meta: dict[str, Any], tokenizer: Any) -> None:
         item["attention_mask"], expected["attention_mask"][0]
     )
     assert data.text_lengths == [sum(len(m["value"]) for r in chat for m in r) for chat in data.texts]
+
+
+def test_forked_and_spawned_loaders_give_the_same_batches(meta: dict[str, Any], tokenizer: Any) -> None:
+    data = training(meta, tokenizer, enable_random_turn=True, mask_probability=0.4)
+    found = {}
+    for method in (None, "fork", "spawn"):
+        loader = DataLoader(
+            SeededItems(data),
+            batch_sampler=EpochBatches(len(data), 2, seed=3),
+            num_workers=0 if method is None else 1,
+            collate_fn=Collate(tokenizer.pad_token_id),
+            multiprocessing_context=method,
+        )
+        found[method] = list(loader)
+    assert len(found[None]) == 2
+    for method in ("fork", "spawn"):
+        for batch, expected in zip(found[method], found[None], strict=True):
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 def test_the_draws_of_an_item_come_in_the_released_order(meta: dict[str, Any], tokenizer: Any) -> None:

@@ -10,8 +10,8 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
-from multiprocessing import RawArray
 from multiprocessing.context import get_spawning_popen
+from multiprocessing.heap import BufferWrapper
 from typing import Any, TypeVar, overload
 
 Item = TypeVar("Item")
@@ -61,7 +61,7 @@ class PackedNumbers(Packed[Any]):
     def __init__(self, typecode: str, numbers: Iterable[Any] = ()) -> None:
         self.typecode = typecode
         self.values: Any = array(typecode, numbers)
-        self._shared: Any = None
+        self._shared: BufferWrapper | None = None
 
     def append(self, number: Any) -> None:
         self.values.append(number)
@@ -83,17 +83,16 @@ class PackedNumbers(Packed[Any]):
             return PackedNumbers, (self.typecode, self.values.tobytes())
         if self._shared is None:
             content = memoryview(self.values).cast("B")
-            self._shared = RawArray("B", len(content))
-            shared = memoryview(self._shared).cast("B")
-            shared[:] = content
-            self.values = shared.cast(self.typecode)  # type: ignore[call-overload]
+            self._shared = BufferWrapper(len(content))
+            self._shared.create_memoryview()[:] = content
+            self.values = self._shared.create_memoryview().cast(self.typecode)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return _attached, (self.typecode, self._shared)
 
 
-def _attached(typecode: str, shared: Any) -> PackedNumbers:
+def _attached(typecode: str, shared: BufferWrapper) -> PackedNumbers:
     """The numbers of another process."""
     numbers = PackedNumbers(typecode)
-    numbers._shared, numbers.values = shared, memoryview(shared).cast("B").cast(typecode)  # type: ignore[call-overload]
+    numbers._shared, numbers.values = shared, shared.create_memoryview().cast(typecode)  # type: ignore[call-overload]
     return numbers
 
 

@@ -17,7 +17,7 @@ Transform = Callable[[Any], Any]
 class ImageTextDataset(Dataset[dict[str, Any]]):
     """Training pairs of an image and one of its captions.
 
-    All captions are tokenised once, at construction (int32, so that worker processes share the memory).
+    Captions are tokenised where they are loaded: a word that was met before is only looked up.
 
     Args:
         dataset: tuples (pid, image id, image path, caption).
@@ -38,7 +38,9 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     ):
         self.dataset = dataset
         self.transform = transform
-        self.caption_ids = _tokenise_all([item[3] for item in dataset], text_length, truncate)
+        self.text_length = text_length
+        if not truncate:
+            _tokenise_all([item[3] for item in dataset], text_length, truncate)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,11 +51,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         Raises:
             DatasetError: the image cannot be read.
         """
-        pid, image_id, path, _ = self.dataset[index]
+        pid, image_id, path, caption = self.dataset[index]
         image = read_image(path)
         if self.transform is not None:
             image = self.transform(image)
-        caption_ids = torch.from_numpy(self.caption_ids[index].astype(np.int64))
+        caption_ids = tokenize(caption, shared_tokenizer(), self.text_length)
         return {"pids": pid, "image_ids": image_id, "images": image, "caption_ids": caption_ids}
 
 

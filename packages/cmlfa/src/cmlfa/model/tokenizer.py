@@ -35,6 +35,23 @@ class SimpleTokenizer(ClipTokenizer):
         self.vocab_size = len(self.encoder)
         self.all_special_ids = list(specials.values())
         self.sot_token_id, self.eot_token_id = START_ID, END_ID
+        self._ids_of: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; no token reaches over white space, so words are looked up and only new ones taken apart."""
+        # Nothing in plain ASCII needs mending, unless it could be an HTML entity.
+        plain = text.isascii() and text.isprintable() and "&" not in text
+        ids: list[int] = []
+        for word in (text.lower() if plain else self.clean_fn(text)).split():
+            known = self._ids_of.get(word)
+            if known is None:
+                tokens = (
+                    "".join(map(self.byte_encoder.__getitem__, token.encode())) for token in self.pat.findall(word)
+                )
+                known = [self.encoder[piece] for token in tokens for piece in self.bpe(token).split(" ")]
+                self._ids_of[word] = known
+            ids += known
+        return ids
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
         """The text of token ids; a space after each word, undecodable bytes as U+FFFD."""

@@ -119,14 +119,14 @@ class RawDataset:
         samples = []
         for image_id, (pid, record) in enumerate(zip(pids, self._train)):
             path = record.path(self.path_key, folder)
-            samples.extend((pid, image_id, path, caption) for caption in record.texts("captions"))
+            samples += [(pid, image_id, path, caption) for caption in record.fields["captions"]]
         return samples, set(pids)
 
     def _evaluation_split(self, records: list[Record]) -> tuple[EvalSplit, set[int]]:
         folder = Folder(self.img_dir)
         split: EvalSplit = {"image_pids": [], "img_paths": [], "caption_pids": [], "captions": []}
         for record in records:
-            pid, captions = record.integer("id"), record.texts("captions")
+            pid, captions = record.integer("id"), record.fields["captions"]
             split["image_pids"].append(pid)
             split["img_paths"].append(record.path(self.path_key, folder))
             split["caption_pids"].extend([pid] * len(captions))
