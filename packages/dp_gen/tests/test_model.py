@@ -136,7 +136,7 @@ def test_a_batch_without_references_trains_with_gradients_everywhere(small_args:
     args = small_args(attribute_loc=True, mask_loss=True, train_image_encoder=True, image_encoder_trainable_layers=2)
     model = DiversePersonModel.from_pretrained(args)
     names = set_trainable(model, args)
-    empty = dict(batch)
+    empty = {name: value for name, value in batch.items() if not name.endswith("_places")}
     empty["img_token_mask"] = torch.zeros_like(batch["img_token_mask"])
     empty["img_token_idx_mask"] = torch.zeros_like(batch["img_token_idx_mask"])
     empty["reference_attribute_num"] = torch.zeros_like(batch["reference_attribute_num"])
@@ -206,3 +206,14 @@ def test_the_final_folder_loads_here_and_in_diffusers(small_args: MakeArgs, batc
     (tmp_path / "dp_gen_config.json").unlink()
     with pytest.raises(InputError, match="complete result"):
         DiversePersonPipeline.from_pretrained(tmp_path)
+
+
+def test_half_precision_rounds_what_is_frozen_and_not_what_is_trained(small_args: MakeArgs) -> None:
+    args = small_args(train_image_encoder=True, image_encoder_trainable_layers=1)
+    model = DiversePersonModel.from_pretrained(args)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trained = set(set_trainable(model, args, torch.bfloat16))
+    assert any(name.startswith("image_encoder.") for name in trained) and len(trained) < len(before)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in trained else torch.bfloat16), name
+        assert torch.equal(parameter, before[name].to(parameter.dtype)), name

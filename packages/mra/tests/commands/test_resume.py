@@ -30,14 +30,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def arm(number: int) -> None:
         calls = iter(range(1, 10_000))
-        real = train_module.Training._step
+        real = train_module.training_step
 
-        def step(self: Any, *arguments: Any) -> Any:
+        def step(*arguments: Any) -> Any:
             if next(calls) == number:
                 raise Killed
-            return real(self, *arguments)
+            return real(*arguments)
 
-        monkeypatch.setattr(train_module.Training, "_step", step)
+        monkeypatch.setattr(train_module, "training_step", step)
 
     return arm
 
