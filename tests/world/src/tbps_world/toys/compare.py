@@ -36,7 +36,7 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
 TITLES = {"clip": "CLIP", "cmlfa": "CMLFA", "mra": "MRA", "fafa": "FAFA", "diana": "DiaNA"}
 # Task -> its queries, its models (the first one is the one that the others are compared with), and more flags.
 TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text": (("cmlfa", "clip", "mra"), ("--judge", "32")),
+    "text": (("cmlfa", "clip", "mra"), ("--judge", "10")),
     "composed": (("fafa", "clip", "cmlfa", "mra"), ("--baselines",)),
     "dialogue": (("diana", "clip", "cmlfa", "mra"), ("--join_dialogue", "--by_rounds")),
 }
