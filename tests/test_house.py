@@ -201,22 +201,23 @@ def is_training_call(node: ast.AST) -> bool:
 
 
 def has_training_loop(tree: ast.Module) -> bool:
-    """Whether gradients are computed in a loop: by the loop itself, or by a function of the file that it calls.
+    """Whether gradients are computed in a loop: by the loop itself, or by functions of the file that it calls.
 
     The loop of transformers' trainer is in `trainer.train`.
     """
-    steps = {
-        function.name
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and any(map(is_training_call, ast.walk(function)))
-    }
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = [node for loop in ast.walk(tree) if isinstance(loop, ast.For | ast.While) for node in ast.walk(loop)]
-    called = {ast.unparse(node.func).split(".")[-1] for node in inside if isinstance(node, ast.Call)}
+    reached: list[ast.AST] = inside
+    seen: set[str] = set()
+    while reached and not any(map(is_training_call, reached)):
+        called = {ast.unparse(node.func).split(".")[-1] for node in reached if isinstance(node, ast.Call)} - seen
+        seen |= called
+        reached = [node for function in functions if function.name in called for node in ast.walk(function)]
     by_trainer = any(
         isinstance(node, ast.Call) and is_training_call(node) and ast.unparse(node.func).endswith(".train")
         for node in ast.walk(tree)
     )
-    return by_trainer or any(map(is_training_call, inside)) or bool(steps & called)
+    return by_trainer or bool(reached)
 
 
 @pytest.mark.parametrize("package", PAPERS)

@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMBERS = sorted(path.name for path in (ROOT / "packages").iterdir() if path.is_dir())
-READMES = [ROOT / "README.md", *(ROOT / "packages" / member / "README.md" for member in MEMBERS)]
+READMES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "search.md",
+    *(ROOT / "packages" / member / "README.md" for member in MEMBERS),
+]
 SCRIPTS = {entry.name: entry for member in [*MEMBERS, "tbps_world"] for entry in distribution(member).entry_points}
 PREFIX = "(?:" + "|".join(sorted({re.escape(name.partition("-")[0]) for name in SCRIPTS})) + ")"
 

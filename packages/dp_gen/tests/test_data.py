@@ -47,7 +47,12 @@ def test_items_and_batches(dataset: Callable[..., DiversePersonDataset]) -> None
         "attribute_seg_maps": (4, 3, 64, 64),
         "reference_attribute_num": (4,),
         "img_ids": (4,),
+        "reference_places": (10,),
+        "token_places": (10,),
     }
+    assert batch["reference_places"].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 10]
+    marked = torch.zeros(4 * 77, dtype=torch.bool).index_fill_(0, batch["token_places"], True)
+    assert torch.equal(marked.view(4, 77), batch["img_token_mask"])
     assert batch["reference_attribute_num"].tolist() == [2, 3, 3, 2]
     assert batch["img_token_mask"].sum(dim=1).tolist() == [2, 3, 3, 2]
     assert batch["pix_v"].abs().max() <= 1 and batch["attribute_v"].min() >= 0

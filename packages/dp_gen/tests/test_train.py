@@ -1,7 +1,6 @@
 """`train.py`: what it writes, and that whatever ends a run, and whenever, going on ends in the same bits."""
 
 import json
-import logging
 import os
 import re
 import resource
@@ -10,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +20,12 @@ from safetensors.torch import load_file
 from dp_gen import DiversePersonPipeline
 from dp_gen.cli import train_main
 from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
+from tbps_world.checks import assert_same, signal_at
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 PACKAGE = Path(__file__).resolve().parents[1]
 Flags = Callable[..., list[str]]
 Forget = Callable[[], None]
-
-
-@contextmanager
-def signal_at(text: str, number: int) -> Iterator[None]:
-    """Send a signal to this process as soon as a log line contains `text`."""
-
-    class Sender(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if text in record.getMessage():
-                logger.removeHandler(self)
-                os.kill(os.getpid(), number)
-
-    logger, sender = logging.getLogger("dp_gen"), Sender()
-    logger.addHandler(sender)
-    try:
-        yield
-    finally:
-        logger.removeHandler(sender)
-
-
-def assert_same(one: Any, other: Any, where: str) -> None:
-    """Equal to the last bit, through all nesting."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other)):
-            assert_same(left, right, f"{where}[{number}]")
-    elif hasattr(one, "tolist"):
-        assert one.tolist() == other.tolist(), where
-    else:
-        assert one == other, where
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -158,7 +121,7 @@ def test_a_stopped_run_goes_on_exactly(
         fresh_accelerate()
     output_dir = tmp_path / "stopped"
     flags = train_flags(output_dir, "--max_train_steps", "6", *more)
-    with signal_at(moment, number):
+    with signal_at("dp_gen", moment, number):
         assert train_main(flags) == status
     assert not (output_dir / "dp_gen_config.json").exists()
     fresh_accelerate()

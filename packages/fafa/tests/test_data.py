@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fafa.data import GalleryDataset, ITCPRDataset, PackedStrings, QueryDataset, SynCPRDataset, collate_fn, train_loader
+from fafa.data import GalleryDataset, ITCPRDataset, QueryDataset, SynCPRDataset, collate_fn, train_loader
 from fafa.transforms import squarepad_transform_test, squarepad_transform_train
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
@@ -160,14 +160,3 @@ def test_missing_parts_of_itcpr_are_named(gone: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=gone) as caught:  # as the released code; and one of ours
         ITCPRDataset(tmp_path / "itcpr")
     assert isinstance(caught.value, DatasetError)
-
-
-def test_packed_strings_are_a_list_of_strings() -> None:
-    strings = ["a", "", "gr\u00fc\u00df", "\u9752\u3044", "a much longer string", ""]
-    packed = PackedStrings(strings)
-    assert len(packed) == len(strings)
-    assert [packed[place] for place in range(-6, 6)] == strings * 2
-    for place in (6, -7):
-        with pytest.raises(IndexError):
-            packed[place]
-    assert len(PackedStrings([])) == 0

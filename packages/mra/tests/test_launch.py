@@ -25,6 +25,7 @@ from tbps_common.errors import InputError
         ("f4", 2, None, None, Plan(4, 2, "0,1")),
         ("f4", 0, None, None, Plan(4, 1, None)),
         ("f4", 0, None, 4, Plan(4, 4, None)),
+        ("f4", 0, None, 6, Plan(6, 4, None)),
         ("f4", 8, None, 6, Plan(6, 6, "0,1,2,3,4,5")),
         ("f4", 1, None, 4, Plan(4, 1, "0")),
         ("f4", 6, "7,6,5,4,3,2", None, Plan(4, 4, "7,6,5,4")),
@@ -40,7 +41,7 @@ from tbps_common.errors import InputError
 def test_processes_fit_the_machine(
     dist: str, gpus: int, visible: str | None, nproc: int | None, expected: Plan
 ) -> None:
-    assert plan_processes(dist, gpu_count=gpus, visible=visible, nproc=nproc) == expected
+    assert plan_processes(dist, gpu_count=gpus, visible=visible, nproc=nproc, processors=4) == expected
 
 
 def test_gpu_that_is_not_there_and_unknown_dist_are_named() -> None:
@@ -78,7 +79,7 @@ def test_every_flag_is_passed_on() -> None:
         *("--lr", "2e-5", "--seed", "9", "--evaluate", "--region", "0.5", "--score_world", "2", "--device", "cpu"),
         *("--resume", "--save_every", "11", "--num_workers", "2", "--select", "val", "--amp_eval", "--report"),
         *("--region_feat", "paper", "--gradient_checkpointing", "--log_every", "5", "--trust_checkpoint"),
-        *("--bad_images", "skip"),
+        *("--bad_images", "skip", "--require_published", "0.2"),
     ]
     words[words.index("--checkpoint") : words.index("--checkpoint") + 2] = ["--checkpoint=-odd name.pth"]
     given = build_run_parser().parse_args(words)

@@ -25,6 +25,7 @@ from tbps_common.report import (
     read_evaluation,
     write_evaluation,
 )
+from tbps_common.report.published import PublishedRow, compare_with_published, published_report
 
 GREEN, RED, GREY = (34, 139, 80), (200, 62, 62), (150, 156, 164)
 
@@ -269,3 +270,63 @@ class TestCurve:
     def test_nothing_to_draw(self, tmp_path: Path, curves: dict[str, list[float]]) -> None:
         with pytest.raises(InputError):
             cmc_curve(tmp_path / "a.png", curves)
+
+
+class TestPublished:
+    """A made-up row for three queries, of which two are found at rank 1."""
+
+    ROW = PublishedRow(
+        "d", "t2i", 3, 4, {"R1": 33.3, "mAP": 70.0}, source="a paper", weights="its own", protocol="fair"
+    )
+    MEASURED: dict[str, Any] = {
+        "dataset": "d",
+        "split": "test",
+        "metrics": {"t2i": {"R1": 200 / 3, "R5": 100.0, "mAP": 70.0}},
+        "counts": {"queries": 3, "gallery": 4},
+    }
+
+    def test_the_difference_is_given_in_percent_and_in_queries(self, tmp_path: Path) -> None:
+        written = write_evaluation(tmp_path / "a.json", package="p", settings={}, published=[self.ROW], **self.MEASURED)
+        (entry,) = written["published"]
+        assert entry["metrics"]["R1"] == {
+            "published": 33.3,
+            "difference": pytest.approx(33.3667, abs=1e-3),
+            "queries": 1,
+        }
+        assert entry["metrics"]["mAP"] == {"published": 70.0, "difference": 0.0}
+        assert read_evaluation(tmp_path / "a.json") == written
+        text, status = published_report(written["published"], None)
+        assert status == 0 and "a paper" in text and "its own" in text and "fair" in text
+        assert [cell.strip() for cell in text.splitlines()[5].split("|")[1:-1]] == [
+            "R1",
+            "33.30",
+            "66.67",
+            "+33.37",
+            "+1",
+        ]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"dataset": "e"},
+            {"split": "val"},
+            {"counts": {"queries": 3, "gallery": 5}},
+            {"metrics": {"i2t": {"R1": 1.0}}},
+        ],
+    )
+    def test_another_data_set_size_or_task_is_not_compared(self, change: dict[str, Any], tmp_path: Path) -> None:
+        assert compare_with_published([self.ROW], **{**self.MEASURED, **change}) == []
+        assert published_report([], None) == ("", 0)
+        text, status = published_report([], 0.2)
+        assert status == 1 and "nothing could be compared" in text
+
+    def test_one_row_has_to_agree_in_all_its_metrics(self) -> None:
+        near = PublishedRow("d", "t2i", 3, 4, {"R1": 66.5, "mAP": 70.15}, "another", "its own", "fair")
+        for rows, limit, status in (
+            ([self.ROW], 0.2, 1),
+            ([self.ROW, near], 0.2, 0),
+            ([near], 0.16, 1),
+            ([near], 0.17, 0),
+        ):
+            entries = compare_with_published(rows, **self.MEASURED)
+            assert published_report(entries, limit)[1] == status, (rows, limit)

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.files import new_run_folder
 from tbps_common.run.checkpoint import load_checkpoint_file
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.meters import Meters
@@ -17,7 +20,7 @@ from tbps_common.run.precision import StepPrecision
 from tbps_common.run.randomness import set_rng_state
 from tbps_common.run.session import training_run
 from tbps_common.run.state import require_finite_weights, restore_state, save_state
-from tbps_common.run.stop import FiniteLoss
+from tbps_common.run.stop import FiniteLoss, Interruption
 
 CPU = torch.device("cpu")
 
@@ -159,3 +162,41 @@ def test_batches_end_quietly_only_if_a_signal_ended_the_loader() -> None:
             list(run.load(lost()))  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGTERM)
         assert list(run.load(lost())) == [1]  # type: ignore[arg-type]
+
+
+def test_signals_have_their_usual_effect_outside_the_run() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        assert not interruption.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.requested
+        assert interruption.exit_status == 130
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second signal ends the process
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    script = (
+        "import time\nfrom tbps_common.run.stop import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.01)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    child.stderr.readline()
+    assert "stopping after this step" in child.stderr.readline()
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=10) == -signal.SIGTERM
+    child.stdout.close()
+    child.stderr.close()
+
+
+def test_two_runs_within_a_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    first, second = (new_run_folder(tmp_path / "runs", "%Y%m%d_%H%M%S", "baseline") for _ in range(2))
+    assert first != second
+    assert sorted(tmp_path.glob("runs/*_baseline")) == sorted([first, second])

@@ -392,6 +392,7 @@ class TestDeletion:
         self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         out = tmp_path / "g.lance"
+        (folder / "broken.png").write_bytes(b"no picture")
         index(out, folder)
         index(out, folder, colour_model("b" * 64))
         secret = list_galleries(out)[0].table.search().where("key = 'b/7.png'").to_arrow()["colour"].to_pylist()[0]

@@ -37,8 +37,7 @@ def test_main(argv: list[str]) -> int:
     find_weights(options, flags)
     from cmlfa.evaluate import test
 
-    test(flags, options, data)
-    return 0
+    return test(flags, options, data)
 
 
 @command

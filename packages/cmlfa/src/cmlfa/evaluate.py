@@ -11,12 +11,14 @@ from cmlfa.datasets import build_dataloader
 from cmlfa.metrics import Evaluator, metrics_table
 from cmlfa.model.cmlfa import resolve_precision
 from cmlfa.options import Options
+from cmlfa.published import PUBLISHED
 from cmlfa.run_directory import find_directory
 from cmlfa.trained import open_trained
 from tbps_common.datasets.raw import RawDataset
 from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
+from tbps_common.report.published import published_report
 from tbps_common.run.device import device_sentence
 from tbps_common.run.logs import run_log
 
@@ -27,13 +29,16 @@ PICTURED_QUERIES = 6
 logger = logging.getLogger("IRRA.test")
 
 
-def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> None:
+def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> int:
     """Evaluate on the test split and write `evaluation.json`, `cmc.png`, `ranked_list.png` and `test_log.txt`.
 
     Args:
         flags: of `test_parser`.
         options: of the run, from `read_run`.
         data: the annotations of its data set.
+
+    Returns:
+        Exit status: 1 if the result is not what `--require_published` asks for.
     """
     directory = find_directory(options, flags)
     if options.dataset_name != load_train_configs(flags.config_file)["dataset_name"]:
@@ -72,7 +77,7 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> None:
             "stride_size": options.stride_size,
             "text_length": options.text_length,
         }
-        evaluation_from_result(
+        document = evaluation_from_result(
             report / "evaluation.json",
             results,
             gallery=len(images),
@@ -82,6 +87,7 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> None:
             settings=settings,
             checkpoint=str(trained.checkpoint),
             fingerprint=trained.fingerprint,
+            published=PUBLISHED,
             seconds=seconds,
         )
         title = f"CMLFA on {options.dataset_name}, test split"
@@ -90,6 +96,10 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> None:
         ranked_list(report / "ranked_list.png", _pictured_queries(results["t2i"], images, texts), title=title)
         for name in ("evaluation.json", "cmc.png", "ranked_list.png"):
             logger.info("wrote %s", report / name)
+        text, status = published_report(document["published"] or (), flags.require_published)
+        if text:
+            logger.info("%s", text)
+    return status
 
 
 def _pictured_queries(result: RetrievalResult, images: Any, texts: Any) -> list[RankedQuery]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cmlfa.model.settings import ADDED, AUTHORS, ModelSettings, flag, image_size, problem_of
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, number, whole_number
+from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, add_require_published_flag, number, whole_number
 from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
@@ -275,6 +275,7 @@ def test_parser() -> argparse.ArgumentParser:
         help="where to write the results (default: the run directory; for a data set other than the training one, a "
         "folder of that name in the run directory)",
     )
+    add_require_published_flag(parser)
     return parser
 
 
@@ -320,7 +321,11 @@ def _parser_of_a_run(name: str | None, description: str, *overrides: str) -> arg
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config_file", help="the configs.yaml of a run directory, written by train.py")
-    parser.add_argument("--checkpoint", help="weights to use (default: best.pth of the run directory)")
+    parser.add_argument(
+        "--checkpoint",
+        help="weights to use (default: best.pth of the run directory); a folder in the layout of the hub, or its name there, needs "
+        "no --config_file",
+    )
     _add(parser, "trust_checkpoint")
     for override in ("device", "precision", *overrides):
         _add(parser, override, help=f"{OVERRIDES[override]} (default: as trained)")

@@ -3,12 +3,13 @@
 import argparse
 import logging
 import re
-import time
 from pathlib import Path
 
 from cmlfa.config import CONFIG_NAME, changed_flags, load_train_configs, save_train_configs
 from cmlfa.options import OVERRIDES, Options
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.files import new_run_folder
+from tbps_common.models.source import HUB_CONFIG, find_model, is_hub_folder, is_model
 from tbps_common.run.logs import RunLog
 
 BEST_NAME = "best"
@@ -16,24 +17,6 @@ LAST_NAME = "last"
 _SHOWN = 5
 
 logger = logging.getLogger("IRRA.train")
-
-
-def create_run_directory(options: Options) -> Path:
-    """Create `<output_dir>/<dataset_name>/<YYYYmmdd_HHMMSS>_<name>` (local time).
-
-    Raises:
-        OSError: the folder cannot be created.
-    """
-    parent = Path(options.output_dir) / options.dataset_name
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        directory = parent / f"{time.strftime('%Y%m%d_%H%M%S')}_{options.name}"
-        try:
-            directory.mkdir()
-        except FileExistsError:  # two runs of one name within a second
-            time.sleep(0.2)
-        else:
-            return directory
 
 
 def resume_checkpoint(options: Options) -> Path:
@@ -93,7 +76,7 @@ def open_run_directory(source: Path | None, options: Options, log: RunLog) -> Pa
                 partial.unlink(missing_ok=True)
         for name, (before, now) in changed_flags(load_train_configs(own / CONFIG_NAME), vars(options)).items():
             logger.warning("--%s was %s when the run began, and is %s now", name, before, now)
-    directory = own or create_run_directory(options)
+    directory = own or new_run_folder(Path(options.output_dir) / options.dataset_name, "%Y%m%d_%H%M%S", options.name)
     options.output_dir = str(directory)
     log.open(directory / "train_log.txt", append=own is not None)
     save_train_configs(directory, options)
@@ -105,9 +88,15 @@ def open_run_directory(source: Path | None, options: Options, log: RunLog) -> Pa
 def read_run(flags: argparse.Namespace) -> Options:
     """The options of the run that `--config_file` names, with those that were given on the command line instead.
 
+    A `--checkpoint` on the hub becomes its download; a folder in the layout of the hub is its own configuration.
+
     Raises:
         InputError: there is no such file; without `--config_file` the run directories found are listed.
     """
+    if flags.checkpoint:
+        flags.checkpoint = find_model(flags.checkpoint, "--checkpoint")
+        if flags.config_file is None and is_hub_folder(flags.checkpoint):
+            flags.config_file = str(Path(flags.checkpoint) / HUB_CONFIG)
     if flags.config_file is None:
         raise InputError(_which_run(Path("logs")))
     given = {name: value for name, value in vars(flags).items() if name in OVERRIDES and value is not None}
@@ -136,7 +125,9 @@ def find_weights(options: Options, flags: argparse.Namespace) -> Path:
     """
     directory = find_directory(options, flags)
     weights = Path(flags.checkpoint) if flags.checkpoint else directory / f"{BEST_NAME}.pth"
-    if not weights.is_file():
+    if not flags.checkpoint and is_hub_folder(directory):
+        weights = directory
+    if not is_model(weights):
         last = directory / f"{LAST_NAME}.pth"
         remedy = f"--checkpoint {last} takes the last epoch's" if last.is_file() else "name one with --checkpoint"
         raise CheckpointError(f"there are no weights at {weights}: {remedy}")
@@ -146,6 +137,8 @@ def find_weights(options: Options, flags: argparse.Namespace) -> Path:
 def find_directory(options: Options, flags: argparse.Namespace) -> Path:
     """The directory of a run, which may have been moved since its configuration was written."""
     beside = Path(flags.config_file).parent
+    if is_hub_folder(beside):
+        return beside
     stored = Path(options.output_dir)
     folders = [stored, beside] if stored.is_dir() else [beside]
     return next((folder for folder in folders if (folder / f"{BEST_NAME}.pth").is_file()), folders[0])

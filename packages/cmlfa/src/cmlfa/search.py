@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from cmlfa.config import CONFIG_NAME
 from cmlfa.datasets import build_transforms, tokenize
-from cmlfa.datasets.tokenizer import shared_tokenizer
 from cmlfa.model.clip import build_clip, clip_geometry, load_start_weights
 from cmlfa.model.start_weights import read_clip_file
+from cmlfa.model.tokenizer import shared_tokenizer
 from cmlfa.options import Options
 from cmlfa.run_directory import read_run
 from cmlfa.trained import TrainedModel, open_trained

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
@@ -109,8 +110,7 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
     checkpointer.save_dir = str(directory)
     writer = SummaryWriter(str(directory), purge_step=state.epoch + 1) if run.is_main else None
     closing.enter_context(writer or nullcontext())
-    # `safl.pos_embeding` never gets a gradient, and the reducer would wait for it at the second step.
-    network = run.distribute(model, find_unused_parameters=True)
+    network = run.distribute(model, unused=model.unused_parameters)
     if rng is not None:
         set_rng_state(rng)
 
@@ -131,16 +131,11 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
             started, trained_before, samples = time.perf_counter(), state.iteration, 0
             network.train()
             for batch in run.load(_batches_left(loader, epoch, state, run)):
-                with precision.autocast():
-                    outputs = network(prepare_batch(batch, run.device))
-                loss = torch.stack([value.float() for name, value in outputs.items() if "loss" in name]).sum()
-                optimizer.zero_grad(set_to_none=True)
-                precision.backward_and_step(loss, optimizer)
-
+                outputs = training_step(network, prepare_batch(batch, run.device), optimizer, precision)
                 state.iteration += 1
                 samples += len(batch["pids"])
-                finite.update(loss, state.iteration)
-                update_meters(meters, {**outputs, "loss": loss}, len(batch["pids"]))
+                finite.update(outputs["loss"], state.iteration)
+                update_meters(meters, outputs, len(batch["pids"]))
                 if state.iteration % options.log_period == 0:
                     finite.require()
                     _log_step(f"Epoch[{epoch}] Iteration[{state.iteration}/{len(loader)}]", meters, lr)
@@ -179,6 +174,18 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
             return _stopped(run, epoch, directory)
     _log_end(state, directory)
     return 0
+
+
+def training_step(
+    network: nn.Module, batch: dict[str, Tensor], optimizer: Optimizer, precision: StepPrecision
+) -> dict[str, Tensor]:
+    """One step of the optimizer, on a batch of `prepare_batch`: its losses and accuracies, and their sum `loss`."""
+    with precision.autocast():
+        outputs = network(batch)
+    loss = torch.stack([value.float() for name, value in outputs.items() if "loss" in name]).sum()
+    optimizer.zero_grad(set_to_none=True)
+    precision.backward_and_step(loss, optimizer)
+    return {**outputs, "loss": loss}
 
 
 def _batches_left(loader: DataLoader, epoch: int, state: State, run: Run) -> Iterator[dict[str, Tensor]]:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from torch.nn.functional import normalize
 
 from cmlfa.datasets import build_dataloader, tokenize
-from cmlfa.datasets.tokenizer import shared_tokenizer
 from cmlfa.metrics import Evaluator
+from cmlfa.model.tokenizer import shared_tokenizer
 from cmlfa.options import Options
 from cmlfa.trained import open_trained
 from tbps_common.datasets.raw import RawDataset

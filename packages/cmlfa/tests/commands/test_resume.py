@@ -1,17 +1,13 @@
 """Interruption and resume: whatever ends a run, and whenever, going on ends in the same bits."""
 
-import logging
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +15,10 @@ import pytest
 import torch
 
 from cmlfa.cli import train_main
-from tbps_common.run.stop import Interruption
+from tbps_world.checks import assert_same, signal_at
 
 # Without the MLM head a checkpoint has half the size; the masking of --MLM still draws its random numbers.
 EPOCHS = ("--num_epoch", "3", "--batch_size", "6", "--loss_names", "sdm+itc+id")
-
-
-def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
-    """Equal to the last bit, through all nesting."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other)):
-            assert_same(left, right, f"{where}[{number}]")
-    else:
-        assert one == other, where
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -51,24 +31,6 @@ def results(run: Path) -> list[str]:
     """The metric rows of the log; a killed run may have logged a row that is then logged again."""
     rows = [line for line in (run / "train_log.txt").read_text(encoding="utf-8").splitlines() if "t2i" in line]
     return rows[-1:]
-
-
-@contextmanager
-def signal_at(text: str, number: int) -> Iterator[None]:
-    """Send a signal to this process as soon as a log line contains `text`."""
-
-    class Sender(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if text in record.getMessage():
-                logger.removeHandler(self)
-                os.kill(os.getpid(), number)
-
-    logger, sender = logging.getLogger("IRRA.train"), Sender()
-    logger.addHandler(sender)
-    try:
-        yield
-    finally:
-        logger.removeHandler(sender)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +71,7 @@ def test_stopped_run_goes_on_exactly(
     uninterrupted: Callable[[str], Path],
 ) -> None:
     flags = train_flags(tmp_path, *EPOCHS, "--num_workers", num_workers)
-    with signal_at(moment, number):
+    with signal_at("IRRA.train", moment, number):
         assert train_main(flags) == status
     stored = torch.load(only_run(tmp_path) / "last.pth", weights_only=True)
     assert stored["iteration"] > 0
@@ -117,36 +79,23 @@ def test_stopped_run_goes_on_exactly(
     assert_same_run(only_run(tmp_path), uninterrupted(num_workers))
 
 
-def test_signals_have_their_usual_effect_outside_the_run() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        assert not interruption.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.requested
-        assert interruption.exit_status == 130
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second signal ends the process
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_second_signal_ends_the_process_at_once() -> None:
-    script = (
-        "import time\nfrom tbps_common.run.stop import Interruption\n"
-        "with Interruption() as interruption:\n"
-        "    print('ready', flush=True)\n"
-        "    while True: time.sleep(0.01)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stderr is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGTERM)
-    child.stderr.readline()
-    assert "stopping after this step" in child.stderr.readline()
-    assert child.poll() is None
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=10) == -signal.SIGTERM
-    child.stdout.close()
-    child.stderr.close()
+@pytest.mark.parametrize(
+    "moment", ["resuming from", "skipping the"], ids=["before the first step", "while passing over"]
+)
+def test_run_stopped_while_it_resumes_goes_on_exactly(
+    moment: str,
+    tmp_path: Path,
+    train_flags: Callable[..., list[str]],
+    only_run: Callable[[Path], Path],
+    uninterrupted: Callable[[str], Path],
+) -> None:
+    flags = train_flags(tmp_path, *EPOCHS, "--num_workers", "0")
+    with signal_at("IRRA.train", "Epoch[2] Iteration[3/", signal.SIGTERM):
+        assert train_main(flags) == 143
+    with signal_at("IRRA.train", moment, signal.SIGTERM):
+        assert train_main([*flags, "--resume"]) == 143
+    assert train_main([*flags, "--resume"]) == 0
+    assert_same_run(only_run(tmp_path), uninterrupted("0"))
 
 
 def test_killed_run_goes_on_exactly(

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from cmlfa.cli import test_main as run_test
 from tbps_common.report.evaluation import read_evaluation
 from tbps_common.report.pictures import spread
+from tbps_common.report.published import PublishedRow
 
 
 @pytest.fixture
@@ -149,3 +151,21 @@ def test_another_data_set_is_tested_beside_the_results_of_the_first(own_run: Pat
 @pytest.mark.parametrize(("items", "count", "chosen"), [(10, 2, [2, 7]), (3, 5, [0, 1, 2]), (0, 2, []), (5, 1, [2])])
 def test_spread_takes_evenly(items: int, count: int, chosen: list[int]) -> None:
     assert spread(range(items), count) == chosen
+
+
+def test_a_published_row_of_the_same_size_is_shown_and_can_be_required(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config_file", str(own_run / "configs.yaml"), "--require_published", "0.2"]
+    assert run_test(flags) == 1
+    assert "nothing could be compared" in capsys.readouterr().out
+    measured = read_evaluation(own_run / "evaluation.json")
+    assert measured["published"] is None
+    row = PublishedRow(measured["dataset"], "t2i", 16, 8, measured["metrics"]["t2i"], "a paper", "its own", "made up")
+    for change, status in ((0.1, 0), (6.25, 1)):
+        changed = {**row.metrics, "R1": row.metrics["R1"] + change}
+        monkeypatch.setattr("cmlfa.evaluate.PUBLISHED", [replace(row, metrics=changed)])
+        assert run_test(flags) == status
+        (entry,) = read_evaluation(own_run / "evaluation.json")["published"]
+        assert entry["metrics"]["R1"]["queries"] == (0 if status == 0 else -1)
+        assert "a paper" in (own_run / "test_log.txt").read_text(encoding="utf-8")

@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cmlfa import build_model, get_args
 from cmlfa.cli import train_main
 from cmlfa.datasets import build_dataloader
-from cmlfa.run_directory import create_run_directory
 from cmlfa.solver import build_lr_scheduler, build_optimizer
 from cmlfa.train import shown_averages, update_meters
 from tbps_common.run.meters import Meters
@@ -170,13 +169,6 @@ def test_diverged_run_stops_and_names_the_last_good_checkpoint(
     last = torch.load(run / "last.pth", weights_only=True)
     assert last["epoch"] == 1
     assert all(bool(tensor.isfinite().all()) for tensor in last["model"].values())
-
-
-def test_two_runs_within_a_second_get_directories_of_their_own(tmp_path: Path) -> None:
-    args = get_args(["--output_dir", str(tmp_path)])
-    first, second = create_run_directory(args), create_run_directory(args)
-    assert first != second
-    assert sorted(tmp_path.glob("CUHK-PEDES/*_baseline")) == sorted([first, second])
 
 
 def test_meters_average_by_batch_size_but_mask_accuracy_by_batch() -> None:

@@ -20,12 +20,14 @@ from diana.model.config import DiaNAConfig
 from diana.model.diana import DTYPES, load_diana
 from diana.model.folders import resolve_folder
 from diana.options import EvalOptions
+from diana.published import PUBLISHED
 from diana.retrieval.evaluation import Evaluation, evaluate
 from tbps_common.errors import InputError
 from tbps_common.files import atomic_path, write_json
 from tbps_common.images import check_images_exist
 from tbps_common.report.evaluation import write_evaluation
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
+from tbps_common.report.published import compare_with_published, published_report
 from tbps_common.run.checkpoint import fingerprint
 from tbps_common.run.device import choose_device
 
@@ -70,7 +72,7 @@ def evaluate_checkpoints(options: EvalOptions) -> int:
     """Check data and checkpoints, evaluate every checkpoint on every data set, print the tables, write the files.
 
     Returns:
-        Exit status.
+        Exit status: 1 if the best result is not what `--require_published` asks for.
 
     Raises:
         InputError: a file, an image or a checkpoint cannot be used, or a checkpoint has no refiner and one is needed.
@@ -94,11 +96,16 @@ def evaluate_checkpoints(options: EvalOptions) -> int:
         for dataset in datasets:
             rows += _evaluate(options, pretrained, dataset, device)
     print("Best metrics:")
-    print(table(max(rows, key=lambda row: row.best_r1)))  # the first of equals
+    best = max(rows, key=lambda row: row.best_r1)  # the first of equals
+    print(table(best))
+    published = compare_with_published(PUBLISHED, **_measured(best, options))
+    text, status = published_report(published, options.require_published)
+    if text:
+        print(text)
     if output_dir is not None:
         for path in write_files(output_dir, rows, options):
             print(f"wrote {path}")
-    return 0
+    return status
 
 
 def _read_dataset(name: str, options: EvalOptions) -> EvaluationSet:
@@ -215,21 +222,30 @@ def _metrics_entry(row: Row, options: EvalOptions) -> dict[str, Any]:
     }
 
 
-def _write_evaluation(path: Path, row: Row, options: EvalOptions) -> Path:
+def _measured(row: Row, options: EvalOptions) -> dict[str, Any]:
+    """What was measured on what, under the names of the evaluation file."""
     evaluation = row.evaluation
     counts = {"queries": evaluation.num_queries, "gallery": len(evaluation.paths)}
     if evaluation.num_skipped:
         counts["queries_without_positive"] = evaluation.num_skipped
-    write_evaluation(
-        path,
-        package="diana",
-        dataset=row.dataset.name,
-        split=options.split,
-        metrics={
+    return {
+        "dataset": row.dataset.name,
+        "split": options.split,
+        "metrics": {
             mode: {column: metrics[name] for name, column in NAMES.items()}
             for mode, metrics in evaluation.metrics.items()
         },
-        counts=counts,
+        "counts": counts,
+    }
+
+
+def _write_evaluation(path: Path, row: Row, options: EvalOptions) -> Path:
+    evaluation = row.evaluation
+    write_evaluation(
+        path,
+        package="diana",
+        **_measured(row, options),
+        published=PUBLISHED,
         settings={
             "turn_limit": evaluation.turn_limit,
             "mode": options.mode,

@@ -16,7 +16,7 @@ from collections.abc import MutableMapping, Sequence
 
 from diana.preflight import parse_and_check
 from tbps_common.errors import InputError
-from tbps_common.run.command import command
+from tbps_common.run.command import command, usable_processors
 
 LAUNCHERS = ("pytorch", "slurm", "mpi")
 _PORT = "29500"
@@ -30,7 +30,7 @@ def launch_command(argv: Sequence[str], devices: int) -> list[str]:
         devices: GPUs that can be used.
     """
     args = _parse(argv)
-    processes = min(args.nproc_per_node, devices) if devices else args.cpu_processes
+    processes = min(args.nproc_per_node, devices) if devices else min(args.cpu_processes, usable_processors())
     several = args.nnodes > 1 or processes > 1
     if not several:
         return [sys.executable, args.script, *args.flags]
@@ -76,7 +76,10 @@ def main(argv: list[str]) -> int:
 
         devices = torch.cuda.device_count()
     if devices < args.nproc_per_node:
-        using = f"{devices} GPU(s)" if devices else f"the CPU with {args.cpu_processes} process(es)"
+        processors = usable_processors()
+        using = f"{devices} GPU(s)" if devices else f"the CPU with {min(args.cpu_processes, processors)} process(es)"
+        if not devices and args.cpu_processes > processors:
+            using += f" instead of {args.cpu_processes}: there are no more processors"
         print(f"{args.nproc_per_node} GPUs requested, {devices} found: using {using}", flush=True)
     words = launch_command(argv, devices)
     os.execv(words[0], words)

@@ -14,7 +14,13 @@ from diana.data.text import CAPTION_BUDGETS
 from diana.model.config import ATTENTION, DROP_PATH_SCHEDULES, SIM_TYPES
 from diana.trainer_flags import asks_for_cpu, has_unknown, read_trainer_flags, take_flag
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
+from tbps_common.run.arguments import (
+    HelpFormatter,
+    add_bad_images_flag,
+    add_require_published_flag,
+    number,
+    whole_number,
+)
 
 EVAL_DATASETS = ("chatpedes",)
 MODES = ("global", "local", "all")
@@ -122,6 +128,7 @@ class EvalOptions(argparse.Namespace):
     sim_dtype: str
     text_batch_size: int
     pictures: int
+    require_published: float | None
 
 
 def boolean(text: str) -> bool:
@@ -318,6 +325,7 @@ def build_eval_parser() -> argparse.ArgumentParser:
     )
     add("--text_batch_size", type=whole_number(1), default=256, help="dialogues encoded at once")
     add("--pictures", type=whole_number(0), default=6, help="queries in the ranked list; 0: no pictures")
+    add_require_published_flag(ours)
     return parser
 
 

@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 from diana.checkpoints import (
     ARGUMENTS_NAME,
@@ -52,7 +53,7 @@ from diana.trainer_flags import read_trainer_flags, unusable_flag
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
 from tbps_common.images import check_images_exist
-from tbps_common.run.batches import ReplacedItems, SeededItems, replaced_items, usable_workers
+from tbps_common.run.batches import ReplacedItems, SeededItems, freeze_memory, replaced_items, usable_workers
 from tbps_common.run.device import device_sentence
 from tbps_common.run.distributed import Ranks, barrier, broadcast_object
 from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
@@ -61,6 +62,8 @@ from tbps_common.run.stop import AgreedStop, FiniteLoss, Interruption
 TRAINER_DEFAULTS = (
     # Every trained parameter takes part in every step, so that DDP need not look for others.
     *("--ddp_find_unused_parameters", "False"),
+    # It would look at the loss of every step; `FiniteLoss` ends a run whose loss is not finite without waiting for the GPU.
+    *("--logging_nan_inf_filter", "False"),
     *("--remove_unused_columns", "False"),
     *("--report_to", "none"),
 )
@@ -89,6 +92,8 @@ def train(options: TrainOptions, words: list[str]) -> int:
     args = read_trainer_flags(words, cpu=cpu)
     if args.fsdp and not ranks.distributed:
         raise InputError("--fsdp shards the model over several processes, and this is the only one: leave it out")
+    if args.optim == OptimizerNames.ADAMW_TORCH and not cpu and not partitioned:
+        args.optim = OptimizerNames.ADAMW_TORCH_FUSED  # the same step in one kernel
     if deepspeed.clipping is not None:
         args.max_grad_norm = deepspeed.clipping
     output_dir = Path(str(args.output_dir))
@@ -120,7 +125,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
             turn_limit=options.turn_limit,
             caption_budget=options.caption_budget,
         )
-        check_images_exist(dataset.images, meta["image_root"], flag="DIANA_DATA_ROOT")
+        check_images_exist(dataset.paths, meta["image_root"], flag="DIANA_DATA_ROOT")
         say(f"There are {dataset.num_images} images.")
         say(f"There are {dataset.num_ids} ids.")
         say(f"There are {dataset.num_captions} captions.")
@@ -148,7 +153,9 @@ def train(options: TrainOptions, words: list[str]) -> int:
         keep, args.save_total_limit = args.save_total_limit, None
         args.output_dir = str(unfinished)
 
-        stop_and_save = StopAndSave(AgreedStop(interruption, ranks), output_dir, keep, replaced_results)
+        stop_and_save = StopAndSave(
+            AgreedStop(interruption, ranks, args.ddp_timeout / 60), output_dir, keep, replaced_results
+        )
         callbacks: list[TrainerCallback] = [stop_and_save]
         replaced_images = replaced_items(options.bad_images, len(dataset))
         if replaced_images is not None:
@@ -232,6 +239,8 @@ class DianaTrainer(Trainer):
         self._dataset, self._tokenizer, self._options = dataset, tokenizer, options
         self._schedule, self._log_file, self._replaced_images = schedule, log_file, replaced_images
         self._last_outputs: Any = None
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # gradients lie where they are exchanged
         self._finite = FiniteLoss(args.device, self._not_finite)
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # real ones, and with padding
         self._logged_at = time.monotonic()
@@ -250,6 +259,7 @@ class DianaTrainer(Trainer):
             lengths=self._dataset.text_lengths if self._options.length_grouping else None,
         )
         workers = usable_workers(args.dataloader_num_workers)
+        freeze_memory()
         return TrainingLoader(
             SeededItems(self._dataset, self._replaced_images),
             batch_sampler=batches,
@@ -294,6 +304,13 @@ class DianaTrainer(Trainer):
         assert target is not None
         self.lr_scheduler = LambdaLR(target, factor)
         return self.lr_scheduler
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The trainer's, on a batch that was moved without waiting for the GPU."""
+        inputs = {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,

@@ -17,6 +17,7 @@ from diana.metrics import metric_eval
 from diana.tokenizer import encode
 from tbps_common.images import read_image
 from tbps_common.report.evaluation import read_evaluation
+from tbps_common.report.published import PublishedRow
 
 LAYOUT = Path(__file__).resolve().parents[2] / "DiaNA"
 CONFIG = LAYOUT / "eval" / "configs" / "dataset_config.yaml"
@@ -191,3 +192,18 @@ def test_a_missing_image_is_told_before_the_model_is_loaded(
     flags = ["--pretrained", str(pretrained), "--dataset_config_path", str(CONFIG)]
     assert eval_main(flags) == 2
     assert str(lost) in capsys.readouterr().err
+
+
+def test_a_published_row_of_the_same_size_is_shown_and_can_be_required(
+    eval_flags: EvalFlags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = eval_flags("--output_dir", str(tmp_path), "--pictures", "0", "--require_published", "0.2")
+    assert eval_main(flags) == 1
+    assert "nothing could be compared" in capsys.readouterr().out
+    report = read_evaluation(tmp_path / "evaluation.json")
+    sizes = report["counts"]["queries"], report["counts"]["gallery"]
+    row = PublishedRow("chatpedes", "global", *sizes, report["metrics"]["global"], "a", "b", "made up")
+    monkeypatch.setattr("diana.evaluate.PUBLISHED", [row])
+    assert eval_main(flags) == 0
+    assert "made up" in capsys.readouterr().out
+    assert read_evaluation(tmp_path / "evaluation.json")["published"][0]["metrics"]["R1"]["queries"] == 0

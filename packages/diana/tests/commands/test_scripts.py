@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from diana.launch import launch_command
+from tbps_common.run.command import usable_processors
 
 PACKAGE = Path(__file__).resolve().parents[2]
 LAYOUT = PACKAGE / "DiaNA"
@@ -206,7 +207,7 @@ def test_zero_files_say_what_is_followed_without_deepspeed(stage: int) -> None:
 
 @pytest.mark.parametrize(
     ("devices", "cpu_processes", "processes"),
-    [(0, 1, 1), (1, 1, 1), (2, 1, 2), (8, 1, 4), (0, 2, 2)],
+    [(0, 1, 1), (1, 1, 1), (2, 1, 2), (8, 1, 4), (0, 2, min(2, usable_processors())), (0, 999, usable_processors())],
 )
 def test_as_many_processes_as_there_are_devices(devices: int, cpu_processes: int, processes: int) -> None:
     argv = ["--nproc_per_node=4", f"--cpu_processes={cpu_processes}", "--master_port=5", "train.py", "--num_query", "3"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dp_gen.options import build_parser as build_shared_parser
 from tbps_common.errors import InputError
-from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.pipeline.stages import add_shard_flags
 from tbps_common.run.arguments import number, whole_number
 from tbps_common.run.command import command
 
@@ -38,6 +38,10 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     args.seed = 0 if args.seed is None else args.seed
     _check_flags(args)
+    if args.ray:
+        from tbps_common.pipeline.ray import run_on_ray
+
+        return run_on_ray("dp_gen.cli:generate_main", argv, args)
     from dp_gen.generation.run import run
 
     return run(args)
@@ -94,13 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--width", type=whole_number(64), help="width of new persons; default: the model's resolution")
     output.add_argument("--generation_batch_size", type=whole_number(1), default=8, help="images at a time")
     output.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    output.add_argument(
-        "--shard",
-        type=shard,
-        default=Shard(),
-        metavar="I/N",
-        help="process every N-th image from the I-th, for N GPUs or machines",
-    )
+    add_shard_flags(output)
     edits = parser.add_argument_group("generate.py, edits (additions)")
     edits.add_argument("--edit_folder", help="training folder whose images are edited")
     edits.add_argument("--edit_split", choices=("train", "test", "all"), default="train", help="samples to edit")

@@ -14,7 +14,7 @@ from tbps_common.errors import InputError
 def set_trainable(
     model: DiversePersonModel, args: argparse.Namespace, weight_dtype: torch.dtype = torch.float32
 ) -> list[str]:
-    """Cast everything to `weight_dtype` and freeze it; then thaw what is trained, in float32.
+    """Freeze everything, in `weight_dtype`, but what is trained, which is float32 and keeps its numbers.
 
     Trained are the U-Net, the controller (unless `--activate_controller`, sic, freezes it), and on request the text
     encoder and the image encoder or its last layers.
@@ -39,9 +39,14 @@ def set_trainable(
             )
         trained += list(layers[len(layers) - count :]) if count else [model.image_encoder]
     model.requires_grad_(False)
-    model.to(weight_dtype)
-    for module in trained:
-        module.float().requires_grad_(True)
+    for part in trained:
+        part.requires_grad_(True)
+    inside = {id(module) for part in trained for module in part.modules()}
+    for module in model.modules():
+        dtype = torch.float32 if id(module) in inside else weight_dtype
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
     unet, others = _trainable(model)
     return [*unet, *others]
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tbps_common.errors import InputError
-from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.pipeline.stages import add_shard_flags
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_common.run.command import command
 
@@ -29,6 +29,10 @@ def main(argv: list[str]) -> int:
     """Make or complete a training folder; returns the exit status."""
     args = build_parser().parse_args(argv)
     _check_flags(args)
+    if args.ray:
+        from tbps_common.pipeline.ray import run_on_ray
+
+        return run_on_ray("dp_gen.cli:segment_main", argv, args)
     from dp_gen.segmentation.run import run
 
     return run(args)
@@ -94,13 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     regions.add_argument("--class_map", help='JSON file of class numbers, {"type": [number, ...]}; default: ATR')
     regions.add_argument("--batch_size", type=whole_number(1), default=16, help="images at a time")
     regions.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    regions.add_argument(
-        "--shard",
-        type=shard,
-        default=Shard(),
-        metavar="I/N",
-        help="process every N-th image from the I-th, for N GPUs or machines",
-    )
+    add_shard_flags(regions)
     phrases = parser.add_argument_group("phrases")
     phrases.add_argument("--lexicon", help='JSON file of further head nouns, {"type": ["word", ...]}')
     phrases.add_argument("--keep_empty", action="store_true", help="list samples without any segment too")

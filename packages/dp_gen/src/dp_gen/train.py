@@ -29,7 +29,7 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
@@ -149,18 +149,9 @@ def train(args: argparse.Namespace) -> int:
         with bar, attention_kernels(args):
             network.train()
             for batches in updates(run, loader, order, position, args, accelerator.device):
-                losses: dict[str, Any] = {}
-                for number, batch in enumerate(batches, start=1):
-                    with nullcontext() if number == len(batches) else accelerator.no_sync(network):
-                        of_batch = network(batch, noise_scheduler)
-                        accelerator.backward(of_batch["loss"] / args.gradient_accumulation_steps)
-                    for name, loss in of_batch.items():
-                        losses[name] = losses.get(name, 0) + loss.detach() / len(batches)
-                norm: Any = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                 rate = scheduler.get_last_lr()[0]
-                optimizer.step()
+                losses, norm = update(accelerator, network, batches, noise_scheduler, optimizer, trained, args)
                 scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
 
                 # With a gradient scaler an overflowing norm is part of the method, and the update was left out.
                 checked = losses["loss"] if accelerator.scaler is not None else losses["loss"] + norm
@@ -195,6 +186,29 @@ def train(args: argparse.Namespace) -> int:
         for tracker in accelerator.trackers:
             tracker.finish()
         return run.exit_status if stopped else 0
+
+
+def update(
+    accelerator: Accelerator,
+    network: Any,
+    batches: list[Mapping[str, Tensor]],
+    noise_scheduler: Any,
+    optimizer: torch.optim.Optimizer,
+    trained: list[nn.Parameter],
+    args: argparse.Namespace,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step of the optimizer on the gradients of some batches: their mean losses, and the norm of the gradients."""
+    losses: dict[str, Any] = {}
+    for number, batch in enumerate(batches, start=1):
+        with nullcontext() if number == len(batches) else accelerator.no_sync(network):
+            of_batch = network(batch, noise_scheduler)
+            accelerator.backward(of_batch["loss"] / args.gradient_accumulation_steps)
+        for name, loss in of_batch.items():
+            losses[name] = losses.get(name, 0) + loss.detach() / len(batches)
+    norm: Any = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses, norm
 
 
 def updates(

@@ -5,6 +5,7 @@ from importlib import import_module
 from fafa.options import check_training_flags, get_args, index_args, inference_args, search_args
 from fafa.run_directory import find_run, read_run
 from fafa.syncpr.options import build_parser as build_syncpr_parser
+from tbps_common.models.source import find_model
 from tbps_common.run.command import command
 
 
@@ -12,6 +13,8 @@ from tbps_common.run.command import command
 def train_main(argv: list[str]) -> int:
     """`src/blip_fine_tune_new.py`, `fafa-train`: train a model."""
     args = get_args(argv)
+    if args.resume_path and "://" not in args.resume_path:
+        args.resume_path = find_model(args.resume_path, "--resume-path")
     warnings = check_training_flags(args)
     resumed = find_run(args.resume, args) if args.resume else None
 
@@ -73,4 +76,8 @@ def itcpr_main(argv: list[str]) -> int:
 def syncpr_main(argv: list[str]) -> int:
     """`fafa-syncpr quadruples | images | filter | pack | pairs | lora | cost`: make training data of one's own."""
     flags = build_syncpr_parser().parse_args(argv)
+    if getattr(flags, "ray", ""):  # not every stage has shards
+        from tbps_common.pipeline.ray import run_on_ray
+
+        return run_on_ray("fafa.cli:syncpr_main", argv, flags)
     return import_module(f"fafa.syncpr.{flags.stage}").main(flags)

@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -69,18 +68,16 @@ class SynCPRDataset(Dataset[Triplet | None]):
             )
         self.preprocess = preprocess
         self.on_error = on_error
-        self._references = PackedStrings(record.reference_image_path for record in records)
-        self._targets = PackedStrings(record.target_image_path for record in records)
-        self._captions = PackedStrings(record.edit_caption for record in records)
-        self._ids = np.array([record.cpr_id for record in records], dtype=np.int64)
+        self.records = records
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Triplet | None:
+        record = self.records[index]
         try:
-            reference = self._load(self._references[index])
-            target = self._load(self._targets[index])
+            reference = self._load(record.reference_image_path)
+            target = self._load(record.target_image_path)
         except Exception as error:
             if self.on_error == "stop":
                 raise DatasetError(
@@ -89,7 +86,7 @@ class SynCPRDataset(Dataset[Triplet | None]):
                 ) from error
             logger.warning("training triplet %d is left out: %s", index, error)
             return None
-        return reference, target, self._captions[index], int(self._ids[index])
+        return reference, target, record.edit_caption, record.cpr_id
 
     def _load(self, path: str) -> Tensor | Image.Image:
         image = read_image(path)
@@ -99,29 +96,6 @@ class SynCPRDataset(Dataset[Triplet | None]):
             return self.preprocess(image)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-class PackedStrings:
-    """An immutable list of strings.
-
-    A Python string is copied into every loader process as soon as that process looks at it (its reference count lies
-    beside its characters); an array is not.
-    """
-
-    def __init__(self, strings: Iterable[str]):
-        encoded = [string.encode("utf-8") for string in strings]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} strings")
-        place = index % len(self)
-        start = int(self._ends[place - 1]) if place else 0
-        return self._bytes[start : int(self._ends[place])].tobytes().decode("utf-8")
 
 
 def collate_fn(items: Sequence[Any]) -> Any:

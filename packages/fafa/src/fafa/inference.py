@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from prettytable import PrettyTable
@@ -11,6 +12,7 @@ from prettytable import PrettyTable
 from fafa.evaluation import itcpr_sets, retrieval, sweep
 from fafa.features import Extractor
 from fafa.processors import BlipCaptionProcessor
+from fafa.published import PUBLISHED
 from fafa.run_directory import TrainedRun
 from fafa.trained import TrainedModel, open_trained
 from tbps_common.datasets import ITCPR
@@ -19,6 +21,7 @@ from tbps_common.files import write_json, write_text
 from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
+from tbps_common.report.published import published_report
 from tbps_common.run.logs import run_log
 
 CMC_RANKS = 50
@@ -27,7 +30,7 @@ SWEEP_COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 
 
 def infer(run: TrainedRun, itcpr: ITCPR, flags: argparse.Namespace) -> int:
-    """Load, evaluate, report; returns the exit status 0.
+    """Load, evaluate, report; returns the exit status: 1 if the result is not what `--require-published` asks for.
 
     Args:
         run: files of the trained model.
@@ -60,8 +63,11 @@ def infer(run: TrainedRun, itcpr: ITCPR, flags: argparse.Namespace) -> int:
         _write_results(run, result, flags)
         if flags.fda_k_sweep:
             _write_sweep(run, sweep(queries, gallery, *ids, flags.fda_k_sweep), flags.model_name)
-        _write_report(run, trained, itcpr, result, seconds, Path(flags.report_dir or run.directory))
-    return 0
+        published = _write_report(run, trained, itcpr, result, seconds, Path(flags.report_dir or run.directory))
+        text, status = published_report(published, flags.require_published)
+        if text:
+            print(text)
+    return status
 
 
 def _write_results(run: TrainedRun, result: RetrievalResult, flags: argparse.Namespace) -> None:
@@ -98,10 +104,14 @@ def _write_sweep(run: TrainedRun, results: dict[int, RetrievalResult], model_nam
 
 def _write_report(
     run: TrainedRun, trained: TrainedModel, itcpr: ITCPR, result: RetrievalResult, seconds: float, folder: Path
-) -> None:
-    """The evaluation file that all packages share, the CMC curve, and what some queries found."""
+) -> list[dict[str, Any]]:
+    """The evaluation file that all packages share, the CMC curve, and what some queries found.
+
+    Returns:
+        The comparison with published results.
+    """
     query, gallery, values = itcpr.query, itcpr.gallery, run.hyperparameters
-    evaluation_from_result(
+    document = evaluation_from_result(
         folder / "evaluation.json",
         {"com": result},
         gallery=len(gallery["img_paths"]),
@@ -117,6 +127,7 @@ def _write_report(
         },
         checkpoint=str(run.checkpoint),
         fingerprint=trained.fingerprint,
+        published=PUBLISHED,
         seconds=seconds,
     )
     title = "FAFA on ITCPR: reference image and text to gallery"
@@ -134,3 +145,4 @@ def _write_report(
     ranked_list(folder / "ranked_list.png", rows, title=title)
     for name in ("evaluation.json", "cmc.png", "ranked_list.png"):
         print(f"wrote {folder / name}")
+    return document["published"] or []

@@ -5,19 +5,22 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fafa.model.settings import MODEL_CONFIG, read_model_config
 from fafa.options import TrainingFlags
-from tbps_common.datasets import ITCPR, SynCPRRecord, load_syncpr
+from tbps_common.datasets import ITCPR, SynCPRRecords, load_syncpr
 from tbps_common.errors import CheckpointError, DatasetError, InputError
-from tbps_common.images import check_images_exist, missing_images, read_image
+from tbps_common.images import check_images_exist, first_on_this_machine, missing_images, read_image
+from tbps_common.models.source import is_model
 
 logger = logging.getLogger("fafa.inputs")
 
 _SHOWN = 5
 _SIZE_SAMPLES = 8
+_DIGESTED = 1000  # items at a time
 # Of `squarepad_transform_train`: the crop, and the border it is taken with.
 _CROP_HEIGHT, _CROP_WIDTH, _BORDER = 384, 192, 20
 
@@ -26,7 +29,7 @@ _CROP_HEIGHT, _CROP_WIDTH, _BORDER = 384, 192, 20
 class TrainingInputs:
     """What a training run reads before it builds a model."""
 
-    triplets: Sequence[SynCPRRecord]
+    triplets: SynCPRRecords
     itcpr: ITCPR
     model_config: dict[str, Any]
     """The resolved mapping of `--backbone`, all defaults filled in."""
@@ -35,15 +38,16 @@ class TrainingInputs:
         """What tells one data set from another of the same size; where its folder lies does not count."""
         query, gallery = self.itcpr.query, self.itcpr.gallery
         return {
-            "syncpr": _digest((record.edit_caption, record.cpr_id) for record in self.triplets),
+            "syncpr": _digest(zip(self.triplets.edit_captions, self.triplets.cpr_ids)),
             "itcpr": _digest((*query["captions"], query["instance_ids"], gallery["instance_ids"])),
         }
 
 
 def _digest(items: Iterable[object]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(repr(item).encode())
+    remaining = map(repr, items)
+    while part := "".join(islice(remaining, _DIGESTED)):
+        digest.update(part.encode())
     return digest.hexdigest()
 
 
@@ -64,7 +68,7 @@ def read_inputs(args: TrainingFlags, resumed: Path | None = None) -> TrainingInp
             f"--fda-k {args.fda_k} is larger than the {config['num_query_token']} query tokens of the model: lower "
             "--fda-k, or raise --num-query-token"
         )
-    if args.resume_path and "://" not in args.resume_path and not os.path.isfile(args.resume_path):
+    if args.resume_path and "://" not in args.resume_path and not is_model(args.resume_path):
         raise CheckpointError(f"--resume-path {args.resume_path} is not a file: name an existing checkpoint")
     itcpr = check_itcpr(args.itcpr_root)
     return TrainingInputs(_read_syncpr(args), itcpr, config)
@@ -91,7 +95,7 @@ def check_itcpr(root: str) -> ITCPR:
     return itcpr
 
 
-def _read_syncpr(args: TrainingFlags) -> Sequence[SynCPRRecord]:
+def _read_syncpr(args: TrainingFlags) -> SynCPRRecords:
     root = args.syncpr_data_path
     file = os.path.join(root, args.json_path)
     if not os.path.isdir(root):
@@ -108,14 +112,14 @@ def _read_syncpr(args: TrainingFlags) -> Sequence[SynCPRRecord]:
             f"{file} holds {len(records)} triplets, fewer than one batch of --batch-size {args.batch_size}{several}: "
             "lower --batch-size"
         )
-    paths = {record.reference_image_path for record in records}
-    paths.update(record.target_image_path for record in records)
-    if args.bad_images == "stop":
-        check_images_exist(paths, root, flag="--syncpr-data-path")
-    else:
-        _check_some_exist(paths, root)
-    if args.transform == "squarepad":
-        _check_sizes(sorted(paths))
+    if first_on_this_machine():
+        paths = {*records.reference_image_paths, *records.target_image_paths}
+        if args.bad_images == "stop":
+            check_images_exist(paths, root, flag="--syncpr-data-path")
+        else:
+            _check_some_exist(paths, root)
+        if args.transform == "squarepad":
+            _check_sizes(sorted(paths))
     return records
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fafa.model.settings import MODEL_NAME
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, number, whole_number
+from tbps_common.run.arguments import HelpFormatter, add_require_published_flag, number, whole_number
 from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 TRANSFORMS = ("squarepad", "targetpad", "resize")
@@ -343,6 +343,7 @@ def inference_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print and write the metrics for several numbers of averaged tokens, from the same features",
     )
     ours.add_argument("--report-dir", help="folder of evaluation.json and the pictures; by default the run directory")
+    add_require_published_flag(ours)
     return parser.parse_args(argv)
 
 
@@ -367,7 +368,11 @@ def search_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that name a trained model."""
-    parser.add_argument("--exp-dir", required=True, help="run directory, with training_hyperparameters.json")
+    parser.add_argument(
+        "--exp-dir",
+        required=True,
+        help="run directory, with training_hyperparameters.json; or a folder in the layout of the hub, or its name there",
+    )
     parser.add_argument("--model-name", default="tuned_recall_at1_step.pt", help="file of its saved_models/")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; without a GPU the CPU is used")
     parser.add_argument(

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,8 @@ import tbps_common
 from fafa.model.settings import MODEL_CONFIG, write_model_config
 from fafa.options import TRANSFORMS, TrainingFlags
 from tbps_common.errors import CheckpointError, InputError
-from tbps_common.files import write_json, write_text
+from tbps_common.files import new_run_folder, write_json, write_text
+from tbps_common.models.source import HUB_CONFIG, find_model, is_hub_folder
 
 HYPERPARAMETERS = "training_hyperparameters.json"
 # The authors' file holds exactly these; all flags together are in FLAGS.
@@ -51,7 +51,7 @@ def create_run_directory(args: TrainingFlags, model_config: Mapping[str, Any]) -
     Raises:
         OSError: the folder cannot be created.
     """
-    directory = _new_folder(Path(args.output_dir), args.exp_name)
+    directory = new_run_folder(Path(args.output_dir), _STAMP, args.exp_name)
     record_flags(directory, args)
     write_model_config(model_config, directory)
     if not args.no_code_backup:
@@ -73,18 +73,6 @@ def record_flags(directory: Path, args: TrainingFlags) -> None:
     recorded |= {name: before[name] for name in ("backbone", "resume_path") if name in before}
     write_text(path, json.dumps(recorded, sort_keys=True, indent=4) + "\n")
     write_json(directory / FLAGS, dict(sorted(vars(args).items())))
-
-
-def _new_folder(parent: Path, exp_name: str) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        directory = parent / f"{time.strftime(_STAMP)}_{exp_name}"
-        try:
-            directory.mkdir()
-        except FileExistsError:  # two runs of one name within a second
-            time.sleep(0.2)
-        else:
-            return directory
 
 
 def _back_up_code(directory: Path) -> None:
@@ -214,12 +202,16 @@ class TrainedRun:
 
 
 def read_run(flags: argparse.Namespace) -> TrainedRun:
-    """Find the files of a run, before anything heavy is imported.
+    """Find the files of a run, before anything heavy is imported; a folder in the layout of the hub is one, too.
 
     Raises:
         InputError: a file is missing (the message says which ones are there) or damaged.
     """
-    directory = Path(flags.exp_dir)
+    directory = Path(find_model(flags.exp_dir, "--exp-dir"))
+    if is_hub_folder(directory):
+        config = directory / HUB_CONFIG
+        values = _hyperparameters(_read_object(config).get("hyperparameters") or {}, config)
+        return TrainedRun(directory, directory, values, flags.backbone or str(config))
     if not directory.is_dir():
         raise InputError(f"--exp-dir {directory} does not exist: give a run directory of the training command")
     recorded = directory / HYPERPARAMETERS
@@ -242,7 +234,10 @@ def read_hyperparameters(path: Path) -> Hyperparameters:
     Raises:
         InputError: the file is not a JSON object, or an entry has an impossible value.
     """
-    content = _read_object(path)
+    return _hyperparameters(_read_object(path), path)
+
+
+def _hyperparameters(content: dict[str, Any], path: Path) -> Hyperparameters:
     given = {item.name: content[item.name] for item in fields(Hyperparameters) if content.get(item.name) is not None}
     for name, value in given.items():
         default = getattr(Hyperparameters, name)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fafa
 from fafa.checkpoint import load_checkpoint, save_model
@@ -191,8 +192,7 @@ class Training:
         self.directory = Path(broadcast_object(str(directory)))
         if state is not None:
             self._write_tables()  # rows after the state disappear
-        # The LM head and the matching head never get a gradient, and the reducer would wait for them.
-        self.network = run.distribute(self.model, find_unused_parameters=True)
+        self.network = run.distribute(self.model, unused=self.model.unused_parameters)
         if rng is not None:
             set_rng_state(rng)
 
@@ -214,15 +214,11 @@ class Training:
                     "image": reference.to(self.run.device, non_blocking=True),
                     "target": target.to(self.run.device, non_blocking=True),
                     "text_input": [self.clean(caption) for caption in captions],
-                    "query_id": group,
+                    "query_id": group.to(self.run.device, non_blocking=True),
                 }
-                self.optimizer.zero_grad(set_to_none=True)
-                with self.precision.autocast():
-                    losses: dict[str, Tensor] = self.network(samples)
-                    total = torch.stack([loss * self.weights.get(name, 1.0) for name, loss in losses.items()]).sum()
-                self.precision.backward_and_step(total, self.optimizer)
+                losses = training_step(self.network, samples, self.weights, self.optimizer, self.precision)
                 self.scheduler.step()  # also after a step that the gradient scaler left out
-                self._after_step(losses, total, len(captions))
+                self._after_step(losses, len(captions))
             self._finish_epoch()
             if self._all_steps_done:
                 break
@@ -256,14 +252,15 @@ class Training:
             logger.warning("%d triplets of this epoch could not be loaded and were left out", self._lost)
             self._lost = 0
 
-    def _after_step(self, losses: Mapping[str, Tensor], total: Tensor, size: int) -> None:
-        """Note the losses; then the log line, the validation, the saving and the stop that are due."""
+    def _after_step(self, losses: dict[str, Tensor], size: int) -> None:
+        """Note the losses and their `total`; then the log line, the validation, the saving and the stop that are due."""
         args, progress = self.args, self.progress
         self._lost += args.batch_size - size
+        total = losses.pop("total")
         self.meters.update(losses, size)
         progress.batch += 1
         number = self._steps_done - 1  # as the tables count, from 0
-        self.finite.update(total.detach(), number + 1)
+        self.finite.update(total, number + 1)
         log_due = (number + 1) % args.log_every == 0
         if self.run.device.type == "cpu" or log_due:  # reading the meters waits for a GPU: not at every step
             self._bar.set_description_str(self._line())
@@ -377,6 +374,33 @@ class Training:
     def _line(self) -> str:
         means = "".join(f"{name}: {value:.3f}, " for name, value in self.meters.averages().items())
         return f"[{self.progress.epoch}/{self.args.num_epochs}] {means}"
+
+
+def training_step(
+    network: nn.Module,
+    samples: Mapping[str, Any],
+    weights: Mapping[str, float],
+    optimizer: Optimizer,
+    precision: StepPrecision,
+) -> dict[str, Tensor]:
+    """One step of the optimizer.
+
+    Args:
+        network: the model.
+        samples: what it takes, tensors on its device.
+        weights: name of a loss -> its weight in the total; 1 where there is none.
+        optimizer: of the trained parameters.
+        precision: of the run.
+
+    Returns:
+        The losses, and their weighted sum `total`.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with precision.autocast():
+        losses: dict[str, Tensor] = network(samples)
+        total = torch.stack([loss * weights.get(name, 1.0) for name, loss in losses.items()]).sum()
+    precision.backward_and_step(total, optimizer)
+    return {**losses, "total": total.detach()}
 
 
 def build_model(args: TrainingFlags, config: Mapping[str, Any], device: torch.device) -> Blip2FAFACPR:

@@ -17,6 +17,7 @@ from fafa.model import Blip2FAFACPR
 from fafa.processors import BlipCaptionProcessor
 from fafa.transforms import inference_transform, squarepad_transform_test, targetpad_transform
 from tbps_common.report.evaluation import read_evaluation
+from tbps_common.report.published import PublishedRow
 
 NAME = "tuned_last_recall_at1.pt"
 
@@ -156,3 +157,16 @@ def test_script_runs_as_the_readme_says(run: Path, toy: Path, start_script: Call
     shown, errors = script.communicate(timeout=300)
     assert script.returncode == 0, errors
     assert "Recall@1: " in shown
+
+
+def test_a_published_row_of_the_same_size_is_shown_and_can_be_required(
+    run: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer(run, toy, "--require-published", "0.2") == 1
+    assert "nothing could be compared" in capsys.readouterr().out
+    report = read_evaluation(run / "evaluation.json")
+    row = PublishedRow("ITCPR", "com", *report["counts"].values(), report["metrics"]["com"], "a", "b", "made up")
+    monkeypatch.setattr("fafa.inference.PUBLISHED", [row])
+    assert infer(run, toy, "--require-published", "0.2") == 0
+    assert "made up" in capsys.readouterr().out
+    assert read_evaluation(run / "evaluation.json")["published"][0]["metrics"]["R1"]["queries"] == 0

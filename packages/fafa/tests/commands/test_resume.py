@@ -1,7 +1,6 @@
 """Interruption and resume: whatever ends a run, and whenever, going on ends in the same bits."""
 
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -9,35 +8,18 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fafa.cli import train_main
 from fafa.optim import build_scheduler
+from tbps_world.checks import assert_same, signal_at
 from tbps_world.tiny.fafa import write_toy_data
 
 EPOCHS = ("--num-epochs", "3", "--learning-rate", "1e-3", "--log-every", "1")
-
-
-def assert_same(one: Any, other: Any, where: str = "state") -> None:
-    """Equal to the last bit, through all nesting."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other)):
-            assert_same(left, right, f"{where}[{number}]")
-    else:
-        assert one == other, where
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -47,24 +29,6 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert_same(torch.load(one / name, weights_only=True), torch.load(other / name, weights_only=True), name)
     for name in ("train_metrics.csv", "validation_metrics_by_step.csv", "validation_metrics_by_epoch.csv"):
         assert (one / name).read_text() == (other / name).read_text()
-
-
-@contextmanager
-def signal_at(text: str, number: int) -> Iterator[None]:
-    """Send a signal to this process as soon as a log line contains `text`."""
-
-    class Sender(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if text in record.getMessage():
-                logger.removeHandler(self)
-                os.kill(os.getpid(), number)
-
-    logger, sender = logging.getLogger("fafa.train"), Sender()
-    logger.addHandler(sender)
-    try:
-        yield
-    finally:
-        logger.removeHandler(sender)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +64,7 @@ def test_stopped_run_goes_on_exactly(
     uninterrupted: Path,
 ) -> None:
     flags = train_flags(tmp_path, *EPOCHS, "--num-workers", workers)
-    with signal_at(moment, number):
+    with signal_at("fafa.train", moment, number):
         assert train_main(flags) == status
     run = only_run(tmp_path)
     assert train_main([*flags, "--resume", str(run)]) == 0

@@ -17,9 +17,9 @@ from fafa import Blip2FAFACPR
 
 WORKER = """
 import json, sys, torch
-from torch.nn.parallel import DistributedDataParallel
 from fafa import Blip2FAFACPR
 from tbps_common.run.distributed import process_group
+from tbps_common.run.session import Run
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
@@ -28,7 +28,8 @@ with process_group(torch.device("cpu"), timeout_minutes=2) as ranks:
     model = Blip2FAFACPR.from_config(json.load(open(f"{folder}/model.json", encoding="utf-8")))
     model.load_state_dict(work["weights"])
     model.gather = True
-    wrapped = DistributedDataParallel(model.train(), find_unused_parameters=True)
+    run = Run(ranks, torch.device("cpu"), None, None, None)
+    wrapped = run.distribute(model.train(), unused=model.unused_parameters)
     own = slice(2 * ranks.rank, 2 * ranks.rank + 2)
     samples = {name: value[own] for name, value in work["batch"].items()}
     found = {}

@@ -201,7 +201,7 @@ def test_folders_that_are_no_stage_one_model(tiny: Tiny, tmp_path: Path, hf_fold
         tiny(load_pretrained=True, pretrained=f"hf:{empty}")
     with pytest.raises(CheckpointError, match="clip|EVA"):
         tiny(vit_model="clip_L", load_pretrained=True, pretrained=f"hf:{hf_folder[0]}")
-    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+    with pytest.raises(CheckpointError, match="neither a folder nor could it be fetched"):
         tiny(load_pretrained=True, pretrained="hf:nobody/no-such-model")
     from safetensors.torch import save_file
 

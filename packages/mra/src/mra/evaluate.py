@@ -23,12 +23,15 @@ from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_conf
 from mra.data.datasets import RetrievalTestDataset
 from mra.model.network import Retrieval
 from mra.model.weights import load_official
+from mra.preflight import Annotation
+from mra.published import PUBLISHED
 from mra.report import SplitEvaluation, write_reports
 from mra.retrieval.metrics import integer_ids, warn_of_missing
 from mra.retrieval.rerank import SIMILARITY_WEIGHT, Matcher, Pairs
 from mra.text.tokens import build_tokenizer, tokenize
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.ranking import evaluate_rows, rerank_rows, score_rows
+from tbps_common.report.published import compare_with_published, published_report
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.progress import progress_bar
@@ -49,7 +52,7 @@ _NETWORK_KEYS = ("vision_config", "text_config", "embed_dim", "itc_dop", "max_to
 _NETWORK_KEYS += ("h", "w", "image_res", "patch_size", "window_size")
 
 
-def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
+def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run, annotation: Annotation) -> int:
     """`--evaluate`: print the tables of the validation and the test split, with the weights of a checkpoint.
 
     Writes `config.yaml` and, with `--report`, the files of `write_reports`; those of a checkpoint of another data set
@@ -59,9 +62,10 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
         config: configuration of the task, without the flags.
         args: flags of `Retrieval.py`, checked by `mra.preflight.check_run`.
         run: this process.
+        annotation: as far as it has been read.
 
     Returns:
-        Exit status: 0, or 130 or 143 after an interruption.
+        Exit status: 0; 1 if the result is not what `--require_published` asks for; 130 or 143 after an interruption.
 
     Raises:
         InputError: data, weights or checkpoint cannot be used.
@@ -76,7 +80,10 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
     trained_with: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     model, settings = _build_trained(state, args.checkpoint, settings, trained_with)
     model.to(run.device).eval()
-    splits = {name: RetrievalTestDataset(file, settings) for name, file in evaluation_files(settings).items()}
+    splits = {
+        name: RetrievalTestDataset(file, settings, data=annotation.splits.get(name))
+        for name, file in evaluation_files(settings).items()
+    }
     trained_on = trained_with.get("test_file")
     if isinstance(trained_on, str) and Path(trained_on).name != Path(settings["test_file"]).name:
         folder = folder / f"zero_shot_{args.task}"
@@ -84,6 +91,7 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
     if run.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder / CONFIG_NAME, config)
+    status, required = 0, args.require_published
     for name, dataset in splits.items():
         try:
             result = evaluate_split(
@@ -101,12 +109,23 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
             )
         except EvaluationStopped:
             return run.exit_status
+        published = compare_with_published(
+            PUBLISHED,
+            dataset=DATA_SETS[args.task],
+            split=name,
+            metrics={"t2i": result.itm.metrics},
+            counts={"queries": result.queries, "gallery": result.gallery},
+        )
+        text, unmet = published_report(published, required if name == "test" else None)
+        status |= unmet
         if run.is_main:
             print(f"### {name}_result:\n{result.itm.table()}", flush=True)
+            if text:
+                print(text, flush=True)
             if args.report:
                 where = {"name": DATA_SETS[args.task], "split": name, "checkpoint": args.checkpoint}
                 logger.info("wrote %s", ", ".join(map(str, write_reports(folder, result, dataset, **where))))
-    return 0
+    return status
 
 
 def _build_trained(
@@ -324,7 +343,7 @@ def _encode_captions(
     embeds = [torch.empty(0, longest, settings.text.hidden_size, device=share.device)]
     features = [torch.empty(0, settings.embed_dim, device=share.device)]
     for number in share.own(len(batches), "captions"):
-        ids_part, atts_part = (part.to(share.device) for part in batches[number])
+        ids_part, atts_part = (part.to(share.device, non_blocking=True) for part in batches[number])
         with share.autocast():
             encoded = model.get_text_embeds(ids_part, atts_part)
             features.append(normalize(model.get_text_feat(encoded).float(), dim=-1))
@@ -389,7 +408,7 @@ def _judge(model: Retrieval, texts: _Texts, gallery: _OwnImages, candidates: Ten
         positions, images, queries = pairs.of_images(start, stop)
         for scores, tokens in zip(logits, views):
             with share.autocast():
-                scores[positions.to(share.device)] = matcher.logits(tokens, images, queries)
+                scores[positions.to(share.device, non_blocking=True)] = matcher.logits(tokens, images, queries)
         start = stop
     if share.ranks.distributed:
         for scores in logits:

@@ -25,6 +25,7 @@ from mra.config import config_path, load_config, with_overrides
 from mra.options import DISTS, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE, retrieval_arguments
 from mra.preflight import check_run
 from tbps_common.errors import InputError
+from tbps_common.run.command import usable_processors
 
 LAUNCH_FOLDER = "MRA_LAUNCH_FOLDER"
 
@@ -124,7 +125,9 @@ def asked_world(dist: str) -> int:
     return {"f4": 4, "m0": 8, "m1": 8}.get(dist, 1)
 
 
-def plan_processes(dist: str, *, gpu_count: int, visible: str | None = None, nproc: int | None = None) -> Plan:
+def plan_processes(
+    dist: str, *, gpu_count: int, visible: str | None = None, nproc: int | None = None, processors: int = 1
+) -> Plan:
     """Fit the request to the machine.
 
     Args:
@@ -132,6 +135,7 @@ def plan_processes(dist: str, *, gpu_count: int, visible: str | None = None, npr
         gpu_count: GPUs that torch sees; 0 also for `--device cpu`.
         visible: the user's CUDA_VISIBLE_DEVICES, whose entries `dist` counts; None if unset.
         nproc: `--nproc`.
+        processors: as many processes run on the CPU at the most.
 
     Raises:
         InputError: unknown `dist`, or it names a GPU that is not among the visible ones.
@@ -140,7 +144,7 @@ def plan_processes(dist: str, *, gpu_count: int, visible: str | None = None, npr
     nodes, node = (2, int(dist[1])) if dist in ("m0", "m1") else (1, 0)
     asked = nproc or (NPROC_PER_NODE if world > 1 else 1)
     if gpu_count == 0:
-        return Plan(asked, nproc or 1, None, nodes, node)
+        return Plan(asked, min(nproc or 1, processors), None, nodes, node)
     names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(gpu_count)]
     names = names[:gpu_count]
     if dist.startswith("gpu"):
@@ -184,7 +188,13 @@ def launch(args: argparse.Namespace) -> int:
     config = load_config(config_file)
     check_run(config, config_file, args)
     gpus = 0 if args.device == "cpu" else _count_gpus()
-    plan = plan_processes(args.dist, gpu_count=gpus, visible=os.environ.get("CUDA_VISIBLE_DEVICES"), nproc=args.nproc)
+    plan = plan_processes(
+        args.dist,
+        gpu_count=gpus,
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        nproc=args.nproc,
+        processors=usable_processors(),
+    )
     if plan.launcher and ":" in args.device:
         raise InputError(f"--device {args.device} is one GPU, but {plan.processes} processes run: use --dist gpuN")
     port = choose_port(args, plan)

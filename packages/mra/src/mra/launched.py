@@ -10,6 +10,7 @@ import torch
 import mra
 from mra.evaluate import evaluate
 from mra.launch import MASTER_PORT, LaunchFolder
+from mra.preflight import Annotation
 from mra.train import train
 from tbps_common.errors import InputError
 from tbps_common.run.batches import usable_workers
@@ -23,15 +24,16 @@ TIMEOUT_MINUTES = 60
 logger = logging.getLogger("mra.launched")
 
 
-def run_launched(config: dict[str, Any], args: argparse.Namespace) -> int:
+def run_launched(config: dict[str, Any], args: argparse.Namespace, annotation: Annotation) -> int:
     """Train or evaluate as the flags of `Retrieval.py` say.
 
     Args:
         config: configuration of the task, without the flags.
         args: flags of `build_retrieval_parser`, checked by `mra.preflight.check_run`.
+        annotation: as far as `check_run` has read it.
 
     Returns:
-        Exit status: 0, or 130 or 143 after an interruption.
+        Exit status: 0, 1 if `--require_published` is not met, or 130 or 143 after an interruption.
 
     Raises:
         InputError: the device, the data, the weights or the checkpoint cannot be used.
@@ -57,15 +59,15 @@ def run_launched(config: dict[str, Any], args: argparse.Namespace) -> int:
             precision = "bfloat16 autocast" if run.device.type == "cuda" else "float32"
             logger.info("%s", device_sentence(requested, run.device, precision))
             logger.info("scores are combined as by %d process(es) (--score_world)", args.score_world)
-            status = (evaluate if args.evaluate else train)(config, args, run)
+            status = (evaluate if args.evaluate else train)(config, args, run, annotation)
     except InputError:
         status = 2
         raise
     finally:
         if launched is not None and ranks.local_rank == 0:
             launched.report(status)
-    # torchrun would report a stop that was asked for as a failure; run.py knows better.
-    return 0 if launched is not None and ranks.distributed and status in (130, 143) else status
+    # torchrun would report a stop that was asked for, or a result that is not the published one, as a crash; run.py knows better.
+    return 0 if launched is not None and ranks.distributed and status in (1, 130, 143) else status
 
 
 def adopt_slurm() -> None:

@@ -11,7 +11,13 @@ from typing import Any
 
 from mra.config import TASKS
 from mra.model.settings import REGION_FEATURES
-from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
+from tbps_common.run.arguments import (
+    HelpFormatter,
+    add_bad_images_flag,
+    add_require_published_flag,
+    number,
+    whole_number,
+)
 from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 DISTS = ("f4", "m0", "m1", "gpu0", "gpu1", "gpu2", "gpu3")
@@ -181,6 +187,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --evaluate: also write evaluation JSON, CMC curve and ranked pictures",
     )
+    add_require_published_flag(ours)
     ours.add_argument("--amp_eval", action="store_true", help="evaluate under bfloat16 autocast, where there is a GPU")
     ours.add_argument(
         "--region_feat",
@@ -190,6 +197,12 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     )
     ours.add_argument(
         "--gradient_checkpointing", action="store_true", help="compute activations twice instead of keeping them"
+    )
+    ours.add_argument(
+        "--grad_scaler",
+        action="store_true",
+        help="scale the gradients of bfloat16 on a GPU, as released: every step then waits for the GPU, and after some "
+        "200,000 steps all are left out",
     )
     ours.add_argument("--log_every", type=whole_number(1), default=50, help="iterations between two log lines")
     add_bad_images_flag(ours)

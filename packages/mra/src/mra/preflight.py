@@ -2,7 +2,9 @@
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,24 @@ from mra.config import EvaluationSettings, TrainingSettings, check_config, check
 from mra.text.augmentation import comes_out_empty
 from mra.text.vocabulary import read_vocabulary
 from mra.text.wordnet import require_wordnet, synonyms_of
-from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
+from tbps_common.datasets import ProcessedEval, ProcessedTrain, load_processed_eval, load_processed_train, load_sda
+from tbps_common.datasets.sda import SDA
 from tbps_common.errors import CheckpointError, DatasetError, InputError
 from tbps_common.images import check_images_exist
+from tbps_common.models.source import is_model
 
 STATE_NAME = "last.pth"
 
 
-def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace, *, data: bool = True) -> None:
+@dataclass
+class Annotation:
+    """What the checks before a run have read: the training set, and the splits that are evaluated, by their name."""
+
+    training: SDA | ProcessedTrain | None = None
+    splits: dict[str, ProcessedEval] = field(default_factory=dict)
+
+
+def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace, *, data: bool = True) -> Annotation:
     """Refuse a run that could not work.
 
     Args:
@@ -25,6 +37,9 @@ def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace
         config_file: how messages name it.
         args: flags of `run.py` or `Retrieval.py`.
         data: read the annotations and look for every image file, too.
+
+    Returns:
+        The annotations; without `data`, none.
 
     Raises:
         InputError: one sentence naming the flag, the file or the key, and the remedy.
@@ -41,10 +56,16 @@ def check_run(config: dict[str, Any], config_file: str, args: argparse.Namespace
     _check_vocabulary(config, settings, config_file)
     if training and config.get("eda"):
         _check_synonyms(config)
+    annotation = Annotation()
     if data:
-        paths = _evaluated_images(config, args) | (_training_images(config) if training else set())
+        annotation.splits = _evaluated_splits(config, args)
+        images: list[Sequence[str]] = [split.image_paths for split in annotation.splits.values()]
+        if training:
+            annotation.training, paths = _training_set(config)
+            images.append(paths)
         root = ", ".join(dict.fromkeys(_image_roots(config)))
-        check_images_exist(paths, root, flag=f"image_root in {config_file}")
+        check_images_exist(chain.from_iterable(images), root, flag=f"image_root in {config_file}")
+    return annotation
 
 
 def _check_split(config: dict[str, Any], config_file: str, args: argparse.Namespace) -> None:
@@ -91,9 +112,9 @@ def require_file(path: str, what: str, remedy: str) -> None:
     """Refuse weights that are not there.
 
     Raises:
-        CheckpointError: `path` is not a file.
+        CheckpointError: `path` is neither a file nor a folder in the layout of the hub.
     """
-    if not path or not Path(path).is_file():
+    if not path or not is_model(path):
         raise CheckpointError(f"{what} is not a file: {remedy}")
 
 
@@ -124,10 +145,10 @@ def _image_roots(config: dict[str, Any]) -> list[str]:
     return roots
 
 
-def _evaluated_images(config: dict[str, Any], args: argparse.Namespace) -> set[str]:
+def _evaluated_splits(config: dict[str, Any], args: argparse.Namespace) -> dict[str, ProcessedEval]:
     files = evaluation_files(config)
     root = _image_roots(config)[1]
-    paths: set[str] = set()
+    splits = {}
     for split in files if args.evaluate else [args.select]:
         data = load_processed_eval(files[split], root)
         if not set(data.q_pids) & set(data.g_pids):
@@ -137,23 +158,26 @@ def _evaluated_images(config: dict[str, Any], args: argparse.Namespace) -> set[s
             )
         # An evaluation file has a caption list per image, so its captions are known by their text alone.
         _refuse_empty(((caption, files[split]) for caption in data.captions), config)
-        paths.update(data.image_paths)
-    return paths
+        splits[split] = data
+    return splits
 
 
-def _training_images(config: dict[str, Any]) -> set[str]:
+def _training_set(config: dict[str, Any]) -> tuple[SDA | ProcessedTrain, Sequence[str]]:
+    """The annotation, and the image of every pair."""
+    data: SDA | ProcessedTrain
     if "train_file_regions" in config:
-        records = load_sda(config["train_file_regions"], config["image_root"]).records
-        paths = [record.image_path for record in records]
-        _refuse_empty(((record.caption, record.image_path) for record in records), config)
-        phrases = ((phrase, record.image_path) for record in records for phrase in record.phrases)
-        _refuse_empty(phrases, {**config, "icfg_rstp": False})
+        data = load_sda(config["train_file_regions"], config["image_root"])
+        records, paths = data.records, data.records.image_paths
+        _refuse_empty(zip(records.captions, paths), config)
+        if any(comes_out_empty(phrase, False) for phrase in records.phrases):
+            phrases = ((phrase, record.image_path) for record in records for phrase in record.phrases)
+            _refuse_empty(phrases, {**config, "icfg_rstp": False})
     else:
         data = load_processed_train(config["train_file"], config["image_root"])
         paths = data.image_paths
         _refuse_empty(zip(data.captions, paths), config)
     check_training_size(len(paths), config["batch_size_train"], 1)
-    return set(paths)
+    return data, paths
 
 
 def _refuse_empty(captions: Iterable[tuple[str, str]], config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mra.published import PUBLISHED
 from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
@@ -66,6 +67,7 @@ def write_reports(
         split=split,
         settings=evaluation.settings,
         checkpoint=checkpoint,
+        published=PUBLISHED,
         seconds=evaluation.seconds,
     )
     title = f"MRA on {name}, {split} split"

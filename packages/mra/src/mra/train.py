@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from prettytable import PrettyTable
-from torch import Tensor
+from torch import Tensor, nn
 
 from mra.config import CONFIG_NAME, evaluation_files, with_overrides, write_config
 from mra.data.datasets import RetrievalTestDataset
@@ -26,7 +26,7 @@ from mra.data.loader import training_dataset, training_loader
 from mra.evaluate import EvaluationStopped, evaluate_split
 from mra.model.network import Retrieval
 from mra.optimizer import Schedule, create_optimizer
-from mra.preflight import STATE_NAME, check_training_size
+from mra.preflight import STATE_NAME, Annotation, check_training_size
 from mra.retrieval.metrics import METRICS
 from mra.text.tokens import build_tokenizer
 from tbps_common.errors import CheckpointError
@@ -50,13 +50,14 @@ VERSION = 1
 LEFT_OUT_AT_MOST = 100
 
 
-def train(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
+def train(config: dict[str, Any], args: argparse.Namespace, run: Run, annotation: Annotation) -> int:
     """Train what the flags of `Retrieval.py` describe, from the start or from `last.pth`.
 
     Args:
         config: configuration of the task, without the flags.
         args: flags, checked by `mra.preflight.check_run`.
         run: this process.
+        annotation: as far as it has been read.
 
     Returns:
         Exit status: 0, or 130 (Ctrl-C) or 143 (SIGTERM) when the run was asked to stop.
@@ -71,7 +72,7 @@ def train(config: dict[str, Any], args: argparse.Namespace, run: Run) -> int:
             "the best epoch is chosen on the test split, as in the released code; --select val chooses it on the "
             "validation split"
         )
-    return Training(config, args, run).train()
+    return Training(config, args, run, annotation).train()
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Position:
 class Training:
     """A run from its first batch to its last; the arguments are those of `train`."""
 
-    def __init__(self, config: dict[str, Any], args: argparse.Namespace, run: Run):
+    def __init__(self, config: dict[str, Any], args: argparse.Namespace, run: Run, annotation: Annotation):
         self.args, self.run, self.settings = args, run, with_overrides(config, args)
         self.folder = Path(args.output_dir)
         self.state_file = self.folder / STATE_NAME
@@ -103,7 +104,7 @@ class Training:
         seed_everything(args.seed + run.ranks.rank)
 
         self.tokenizer = build_tokenizer(self.settings["text_encoder"])
-        self.dataset = training_dataset(self.settings)
+        self.dataset = training_dataset(self.settings, annotation.training)
         batch_size = self.settings["batch_size_train"]
         check_training_size(len(self.dataset), batch_size, run.ranks.world_size)
         self.replaced = replaced_items(args.bad_images, len(self.dataset))
@@ -117,7 +118,8 @@ class Training:
             pin_memory=run.device.type == "cuda",
             replaced=self.replaced,
         )
-        self.validation = RetrievalTestDataset(evaluation_files(self.settings)[args.select], self.settings)
+        file, split = evaluation_files(self.settings)[args.select], annotation.splits.get(args.select)
+        self.validation = RetrievalTestDataset(file, self.settings, data=split)
 
         state = _read_state(self.state_file, self.settings, args.seed, run.ranks) if args.resume else None
         load = state is None and bool(self.settings.get("load_pretrained"))
@@ -130,10 +132,12 @@ class Training:
         self.optimizer = create_optimizer(self.model, self.settings["optimizer"])
         per_epoch = math.ceil(len(self.dataset) / (batch_size * run.ranks.world_size))
         self.schedule = Schedule(self.optimizer, self.settings["schedular"], per_epoch)
-        # As released: bfloat16 on a GPU, with a gradient scaler. On the CPU everything is float32.
+        # bfloat16 on a GPU; on the CPU everything is float32. The released gradient scaler is left out: bfloat16 reaches as
+        # far as float32, and the scale, doubled every 2000 steps, would leave float32's range in a pre-training.
         on_gpu = run.device.type == "cuda"
-        self.precision = StepPrecision("bf16" if on_gpu else "fp32", run.device, scale=on_gpu)
+        self.precision = StepPrecision("bf16" if on_gpu else "fp32", run.device, scale=on_gpu and args.grad_scaler)
         self.meters, self.position, self.left_out = Meters(), Position(), 0
+        self.finite = FiniteLoss(run.device, self._not_finite)
 
         own_rng = None
         if state is not None:
@@ -171,7 +175,7 @@ class Training:
         position, run, count = self.position, self.run, self.batches.batches_per_epoch
         if not position.batch:
             self.meters = Meters()
-        finite = FiniteLoss(run.device, self._not_finite)
+        self.finite = FiniteLoss(run.device, self._not_finite)
         self.model.train()
         self.batches.set_position(position.epoch, position.batch)
         logger.info("Train Epoch: [%d]", position.epoch)
@@ -179,7 +183,7 @@ class Training:
         mark = began
         for batch in run.load(self.loader):
             waited += time.perf_counter() - mark
-            self._step({name: value.to(run.device, non_blocking=True) for name, value in batch.items()}, finite)
+            self._step(to_device(batch, run.device))
             position.batch += 1
             last = position.batch == count
             if (position.batch - 1) % self.args.log_every == 0 or last:
@@ -195,27 +199,18 @@ class Training:
         seconds = int(time.perf_counter() - began)
         logger.info("Train Epoch: [%d] Total time: %s", position.epoch, datetime.timedelta(seconds=seconds))
 
-    def _step(self, batch: Mapping[str, Tensor], finite: FiniteLoss) -> None:
-        """One step of the optimizer: forward, losses, backward, schedule."""
+    def _step(self, batch: dict[str, Any]) -> None:
+        """One step of the optimizer, of the schedule and of the meters."""
         weight = self.settings.get("region", 0)
-        with self.precision.autocast():
-            itc, itm, mlm, region = self.network(**batch)
-            loss = itc + itm + mlm
-            if weight > 0:
-                loss = loss + weight * region
-        self.optimizer.zero_grad(set_to_none=True)
-        stepped = self.precision.backward_and_step(loss, self.optimizer, watch=self.precision.scaled)
+        losses, stepped = training_step(self.network, batch, weight, self.optimizer, self.precision)
         if stepped:
             self.position.steps += 1
             self.schedule.set_rates(self.position.steps)
-        losses = {"loss_itc": itc, "loss_itm": itm, "loss_mlm": mlm, "loss_region": region, "loss": loss}
-        if weight <= 0:
-            del losses["loss_region"]
-        if not stepped:
+        else:
             losses = {name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for name, value in losses.items()}
         self.meters.update({"lr": self.optimizer.param_groups[0]["lr"], **losses})
         if not self.precision.scaled:  # with a scaler, a step that is not finite has been left out
-            finite.update(loss, self.position.batch + 1)
+            self.finite.update(losses["loss"], self.position.batch + 1)
         self._count_left_out(stepped)
 
     def _finish_epoch(self) -> bool:
@@ -263,6 +258,7 @@ class Training:
     def _save(self) -> None:
         """Write `last.pth`; every process must call it."""
         if self.args.save_every:
+            self.finite.require()
             save_state(
                 self.state_file,
                 self.run.ranks,
@@ -286,6 +282,7 @@ class Training:
         write_text(self.folder / LOG_NAME, text if best_epoch is None else f"{text}best epoch: {best_epoch}")
 
     def _log_step(self, count: int, seconds: float, waited: float, first: int) -> None:
+        self.finite.require()
         position, values = self.position, self.meters.latest()
         shown = [f"{name}: {value:.{6 if name == 'lr' else 4}f}" for name, value in values.items()]
         shown += [f"time: {seconds:.4f}", f"data: {waited / (position.batch - first):.4f}"]
@@ -327,6 +324,45 @@ class Training:
             self.run.log.open(self.folder / "run.log", append=self.args.resume)
             write_config(self.folder / CONFIG_NAME, config)
         barrier()
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch of the loader with its tensors on `device`."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def training_step(
+    network: nn.Module,
+    batch: Mapping[str, Any],
+    region_weight: float,
+    optimizer: torch.optim.Optimizer,
+    precision: StepPrecision,
+) -> tuple[dict[str, Tensor], bool]:
+    """One step of the optimizer: forward, losses, backward.
+
+    Args:
+        network: `Retrieval`, or what wraps it.
+        batch: of `to_device`.
+        region_weight: of the region loss; at 0 there is none.
+        optimizer: of the network.
+        precision: with a gradient scaler, whether it left the step out is waited for.
+
+    Returns:
+        The losses as the log names them, the last one (`loss`) their sum; and False if the step was left out.
+    """
+    with precision.autocast():
+        itc, itm, mlm, region = network(**batch)
+        losses = {"loss_itc": itc, "loss_itm": itm, "loss_mlm": mlm}
+        loss = itc + itm + mlm
+        if region_weight > 0:
+            losses["loss_region"] = region
+            loss = loss + region_weight * region
+    optimizer.zero_grad(set_to_none=True)
+    stepped = precision.backward_and_step(loss, optimizer, watch=precision.scaled)
+    return {**losses, "loss": loss}, stepped
 
 
 def log_line(epoch: int, metrics: Mapping[str, float], averages: Mapping[str, float]) -> str:

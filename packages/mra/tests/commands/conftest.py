@@ -5,10 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tbps_world.checks import assert_same
 from tbps_world.tiny.mra import Preset, make_vocabulary, write_tiny
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -114,24 +114,6 @@ def start_script() -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
-
-
-def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
-    """Equal to the last bit, through all nesting."""
-    import torch
-
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other)):
-            assert_same(left, right, f"{where}[{number}]")
-    else:
-        assert one == other, where
 
 
 @pytest.fixture(scope="session")

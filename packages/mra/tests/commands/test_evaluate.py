@@ -10,6 +10,7 @@ import torch
 
 from mra.cli import retrieval_main
 from tbps_common.report.evaluation import read_evaluation
+from tbps_common.report.published import PublishedRow
 
 TABLE = re.compile(
     r"### (val|test)_result:\n\+[-+]+\n\| task \|(?: +\w+ +\|){5}\n\+[-+]+\n\| +t2i \|((?: +\d+\.\d{3} +\|){5})"
@@ -98,3 +99,20 @@ def test_reports_are_written_when_asked_for(
         assert found == row
         assert report["settings"]["score_world"] == 4
         assert (tmp_path / "out" / f"ranked_list_{split}.png").is_file()
+
+
+def test_a_published_row_of_the_same_size_is_shown_and_can_be_required(
+    in_world: Path,
+    tmp_path: Path,
+    flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--evaluate", "--report", "--checkpoint", "data/checkpoint/ft_icfg.pth", "--require_published", "0.2"]
+    assert retrieval_main(flags("icfg", tmp_path / "out", *more)) == 1
+    assert "nothing could be compared" in capsys.readouterr().out
+    report = read_evaluation(tmp_path / "out" / "evaluation_test.json")
+    row = PublishedRow("ICFG-PEDES", "t2i", *report["counts"].values(), report["metrics"]["t2i"], "a", "b", "made up")
+    monkeypatch.setattr("mra.evaluate.PUBLISHED", [row])
+    assert retrieval_main(flags("icfg", tmp_path / "out", *more)) == 0
+    assert "made up" in capsys.readouterr().out

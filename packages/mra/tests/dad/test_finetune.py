@@ -21,6 +21,7 @@ from tbps_common.datasets import load_processed_train
 from tbps_common.pipeline.models import choose_dtype
 from tbps_common.run.batches import ItemKey, SeededItems
 from tbps_common.run.checkpoint import load_checkpoint_file
+from tbps_world.checks import assert_same
 
 Flags = Callable[..., list[str]]
 
@@ -29,21 +30,6 @@ def state(folder: Path) -> dict[str, Any]:
     stored = load_checkpoint_file(folder / "model/last.pth")
     stored["progress"].pop("seconds")
     return stored
-
-
-def assert_same(one: Any, other: Any, where: str = "state") -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (left, right) in enumerate(zip(one, other)):
-            assert_same(left, right, f"{where}[{number}]")
-    else:
-        assert one == other, where
 
 
 @pytest.mark.parametrize("method", ["controlnet", "lora"])

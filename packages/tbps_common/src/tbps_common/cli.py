@@ -12,6 +12,14 @@ def data_main(argv: list[str]) -> int:
 
 
 @command
+def model_main(argv: list[str]) -> int:
+    """`tbps-model inspect | convert | export`: say what a weight file is, convert it, export its encoders."""
+    from tbps_common.models.commands import main
+
+    return main(argv)
+
+
+@command
 def index_main(argv: list[str]) -> int:
     """`tbps-index`: bring a gallery up to date with the pictures on the disk, or delete from it."""
     from tbps_common.search.options import check_index_flags, index_parser

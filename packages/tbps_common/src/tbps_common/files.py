@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,3 +93,25 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
         ValueError: `value` holds NaN or infinity, which JSON cannot express.
     """
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
+
+
+def new_run_folder(parent: Path, stamp: str, name: str) -> Path:
+    """Create `<parent>/<stamp>_<name>` for a new run.
+
+    Args:
+        parent: created too if it is missing.
+        stamp: format of the local time, as for `time.strftime`.
+        name: of the run.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        directory = parent / f"{time.strftime(stamp)}_{name}"
+        try:
+            directory.mkdir()
+        except FileExistsError:  # two runs of one name within a second
+            time.sleep(0.2)
+        else:
+            return directory

@@ -194,18 +194,23 @@ def _cause(error: Exception) -> str:
 def missing_images(paths: Iterable[str]) -> list[str]:
     """The paths that are no file's, sorted; one listing per folder instead of one look-up per image."""
     listings: dict[str, set[str]] = {}
-    missing = []
-    for path in sorted(set(paths)):
+    missing = set()
+    for path in paths:
         folder, name = os.path.split(path)
         if folder not in listings:
             listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in listings[folder]:
-            missing.append(path)
-    return missing
+            missing.add(path)
+    return sorted(missing)
+
+
+def first_on_this_machine() -> bool:
+    """Whether this is the one process of its machine that looks for image files, where torchrun has started several."""
+    return os.environ.get("LOCAL_RANK", "").strip() in ("", "0")
 
 
 def check_images_exist(paths: Iterable[str], root: str, *, flag: str) -> None:
-    """Require every image file.
+    """Require every image file. Of several processes on a machine only the first looks for them.
 
     Args:
         paths: of the image files.
@@ -215,7 +220,7 @@ def check_images_exist(paths: Iterable[str], root: str, *, flag: str) -> None:
     Raises:
         DatasetError: images are missing; the first five are named.
     """
-    missing = missing_images(paths)
+    missing = missing_images(paths) if first_on_this_machine() else []
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise DatasetError(

@@ -186,7 +186,8 @@ def image_tokens(clip: CLIP, images: Tensor) -> Tensor:
     """
     visual = cast(VisionTransformer, clip.visual)
     patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, P, w)
-    first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    # Sizes as `shape[0]`, not `len`: an exported model takes batches of every size.
+    first = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
     tokens = torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
     tokens = visual.transformer(visual.ln_pre(tokens))
     return visual.ln_post(tokens) @ visual.proj

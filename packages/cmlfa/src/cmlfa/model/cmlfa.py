@@ -1,6 +1,9 @@
 """CMLFA: CLIP towers, latent feature alignment, fusion, and the cross-modal encoder of the MLM branch."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +19,17 @@ from cmlfa.model.clip import (
     load_start_weights,
     text_tokens,
 )
+from cmlfa.model.hub import parts_of
 from cmlfa.model.safl import SAFL
 from cmlfa.model.settings import ModelSettings
 from cmlfa.model.start_weights import read_start_weights
-from cmlfa.model.weights import load_but_heads
+from cmlfa.model.weights import load_but_heads, load_checkpoint
 from cmlfa.objectives import compute_cmpm, compute_id, compute_itc, compute_mlm, compute_sdm
 from tbps_common.errors import InputError
+from tbps_common.models.hub import HubModel, HubParts
 
 
-class CMLFA(nn.Module):
+class CMLFA(nn.Module, HubModel):
     """The network of CMLFA. Attribute names are those of the released checkpoints.
 
     Image feature `v = S(patch tokens) + class token`, text feature `t = S(text tokens) + end token`, where `S` is the
@@ -36,7 +41,7 @@ class CMLFA(nn.Module):
     attends over the slots of one sample. The parameters are the same.
 
     Attributes:
-        unused_parameters: names that never receive a gradient: DistributedDataParallel has to look for unused parameters.
+        unused_parameters: names that never receive a gradient.
     """
 
     unused_parameters = ("safl.pos_embeding",)
@@ -96,6 +101,19 @@ class CMLFA(nn.Module):
                 deviation = deviations.get(".".join(name.split(".")[-2:]))
                 if deviation is not None:
                     nn.init.normal_(parameter, std=deviation)
+
+    def hub_parts(self) -> HubParts:
+        """This model in the layout of the hub (`save_pretrained`, `push_to_hub`)."""
+        return parts_of(self.state_dict(), asdict(self.settings))
+
+    @classmethod
+    def from_hub(cls, folder: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> "CMLFA":
+        """The model of such a folder (`from_pretrained`), half precision where its settings say so."""
+        geometry = clip_geometry(state, str(folder), prefix="base_model.")
+        classifier = state.get("classifier.weight")
+        model = build_model(config, len(classifier) if classifier is not None else 1, geometry=geometry)
+        load_checkpoint(model, state)
+        return model
 
     def image_tokens(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` to all projected tokens `[B, 1 + P, D]`, the class token first."""
@@ -281,7 +299,7 @@ def _transformer(width: int, layers: int, heads: int) -> Transformer:
 
 def _end_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """The token of each text at its end mark, which has the largest id: `[B, L, D]` to `[B, D]`."""
-    return tokens[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+    return tokens[torch.arange(ids.shape[0], device=ids.device), ids.argmax(dim=1)]
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -82,7 +82,10 @@ def loss_names(text: str) -> str:
 class ModelSettings:
     """The flags that shape the network and its loss. Defaults are those of the released code."""
 
-    pretrain_choice: str = flag("ViT-B/16", "OpenAI CLIP by name, a file of CLIP weights, or a checkpoint of CMLFA")
+    pretrain_choice: str = flag(
+        "ViT-B/16",
+        "OpenAI CLIP by name, a file of CLIP weights, or a checkpoint of CMLFA (file, hub folder or hub name)",
+    )
     img_size: tuple[int, int] = flag((384, 128), "image height and width", nargs="+", metavar="H,W")
     stride_size: int = flag(16, "stride of the image patches", type=whole_number(1))
     text_length: int = flag(77, "tokens per caption", type=whole_number(3))

@@ -14,6 +14,7 @@ from open_clip.pretrained import get_pretrained_url
 from torch import Tensor
 
 from tbps_common.errors import CheckpointError
+from tbps_common.models.source import find_model, is_model
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 logger = logging.getLogger("cmlfa.model")
@@ -46,8 +47,9 @@ def find_start_weights(choice: str) -> Path:
         )
     if choice in VIT_NAMES:
         return download(get_pretrained_url(choice.replace("/", "-"), "openai"), CACHE.expanduser())
-    path = Path(choice).expanduser()
-    if not path.is_file():
+    known_family = choice.startswith(("ViT-", "RN"))  # a wrong name of OpenAI's looks like one of a repository
+    path = Path(choice if known_family else find_model(choice, "--pretrain_choice")).expanduser()
+    if not is_model(path):
         raise CheckpointError(
             f"--pretrain_choice {choice!r} is neither a file nor one of {', '.join(VIT_NAMES)}: "
             "give one of these names or the path of CLIP weights (cmlfa-make-tiny-clip makes a small file)."

@@ -1,9 +1,9 @@
 """Training items: one image with one text, augmented, tokenised and masked."""
 
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from diana.tokenizer import LENGTH_MULTIPLE, encode, ordinary_tokens
 from tbps_common.datasets import load_mals
 from tbps_common.errors import DatasetError, InputError
 from tbps_common.images import read_image
+from tbps_common.packed import Packed, PackedNumbers, PackedStrings
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,28 @@ class TextSettings:
     pad_to_max_length: bool = True
 
 
+class PackedChats(Packed[Chat]):
+    """Dialogues as JSON texts, which loader processes share.
+
+    Args:
+        chats: to begin with.
+    """
+
+    def __init__(self, chats: Iterable[Chat] = ()) -> None:
+        self._texts = PackedStrings()
+        for chat in chats:
+            self.append(chat)
+
+    def append(self, chat: Chat) -> None:
+        self._texts.append(json.dumps(chat, ensure_ascii=False))
+
+    def item(self, place: int) -> Chat:
+        return json.loads(self._texts.item(place))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
 class TrainingDataset(Dataset[dict[str, Tensor]]):
     """Image-text samples. The random draws of an item come in the order of the released code.
 
@@ -56,7 +79,8 @@ class TrainingDataset(Dataset[dict[str, Tensor]]):
     Args:
         paths: image of every sample.
         labels: identity of every sample.
-        texts: a cleaned caption, or a dialogue (list of rounds), of every sample.
+        texts: a cleaned caption, or a dialogue (list of rounds), of every sample. Millions of samples are given as
+            packed sequences, which loader processes share.
         transform: PIL image to `[3, H, W]`.
         tokenizer: see `diana.tokenizer.load_tokenizer`.
         settings: of the text.
@@ -73,8 +97,7 @@ class TrainingDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.paths, self.labels, self.texts = paths, labels, texts
         self.transform, self.tokenizer, self.settings = transform, tokenizer, settings
-        self.images = list(dict.fromkeys(paths))
-        self.num_images = len(self.images)
+        self.num_images = len(set(paths))
         self.num_ids = len(set(labels))
         self.num_captions = len(texts)
         self._masking: dict[str, Any] = {
@@ -86,7 +109,12 @@ class TrainingDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.texts)
 
-    @cached_property
+    @property
+    def images(self) -> list[str]:
+        """Distinct paths, in order of first appearance."""
+        return list(dict.fromkeys(self.paths))
+
+    @property
     def text_lengths(self) -> list[int]:
         """Characters of every sample's caption or whole dialogue, to batch texts of similar length."""
         return [_characters(text) for text in self.texts]
@@ -162,8 +190,8 @@ def build_training_dataset(
     budget = max_seq_length
     if dataset_name == "mals":
         records = load_mals(files, image_folder(meta))
-        paths, labels = [record.image_path for record in records], [record.label for record in records]
-        texts: list[Any] = [record.caption for record in records]
+        paths, labels = records.image_paths, records.labels
+        texts: Sequence[Any] = records.captions
         if caption_budget == "caption":
             budget += prefix_length(tokenizer)
     else:
@@ -175,8 +203,10 @@ def build_training_dataset(
     return TrainingDataset(paths, labels, texts, transform, tokenizer, settings)
 
 
-def _dialogue_samples(files: list[str], image_root: str, turn_limit: int) -> tuple[list[str], list[int], list[Chat]]:
-    paths, labels, chats = [], [], []
+def _dialogue_samples(
+    files: list[str], image_root: str, turn_limit: int
+) -> tuple[PackedStrings, PackedNumbers, PackedChats]:
+    paths, labels, chats = PackedStrings(), PackedNumbers("i"), PackedChats()
     for image, label in read_dialogues(files, image_root):
         if not image.dialogues or not all(image.dialogues):
             raise DatasetError(f"{image.where}: the key 'chats' holds no dialogue to train on; remove the record.")

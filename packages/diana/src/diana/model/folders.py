@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from tbps_common.errors import CheckpointError
+from tbps_common.models.source import fetch
 
 logger = logging.getLogger("diana.model")
 
@@ -111,16 +112,7 @@ def _is_whole(file: Path) -> bool:
 def _from_hub(name: str, weights: bool) -> Path:
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointError(f"The folder {name} does not exist; check the path.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # offline, gated, absent, no network: the hub client has an exception for each
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name} is neither a folder nor could it be fetched from the Hugging Face hub ({reason}); check the path, or "
-            "log in if the repository is gated."
-        ) from error
+    folder = fetch(name, _HUB_FILES, name)
     if not _complete(folder, weights):
         raise CheckpointError(f"The repository {name} holds no config.json with weights next to it; check the name.")
     return folder

@@ -73,7 +73,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     Raises:
         CheckpointError: names or shapes do not fit; nothing of the model has changed.
     """
-    state = _without_buffers(state)
+    state = without_buffers(state)
     has_refiner = any(name.startswith("refiner.") for name in model.state_dict())
     if not has_refiner:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("refiner.")}
@@ -107,10 +107,11 @@ def load_backbone(tower: nn.Module, folder: Path, prefix: str, heads: tuple[str,
     """
     state = {name: tensor for name, tensor in read_state(folder).items() if not name.startswith(heads)}
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    load_state_dict_strictly(tower, _without_buffers(state), source=str(folder))
+    load_state_dict_strictly(tower, without_buffers(state), source=str(folder))
 
 
-def _without_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The learnt tensors of a checkpoint."""
     return {
         name: tensor for name, tensor in state.items() if not name.endswith(_IGNORED_ENDINGS) and name not in _IGNORED
     }

@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from dp_gen.data.folder import TrainingFolder
 from dp_gen.data.transforms import Transform4TrainWithSegmap, attribute_transforms, cut_attribute
 from dp_gen.model.captions import encode_with_image_tokens, get_img_token_idx, insert_image_tokens
+from dp_gen.model.controller import matching_places
 from dp_gen.options import attribute_types
 from tbps_common.errors import DatasetError
 
@@ -161,9 +162,19 @@ def require_inside(bbox: Sequence[int], image: Tensor, img_id: int | str) -> Non
 
 
 def collate_fn(items: Sequence[Item]) -> Item:
-    """A batch: texts are joined along their first dimension, everything else is stacked."""
+    """A batch: texts are joined along their first dimension, everything else is stacked.
+
+    It also holds `reference_places` and `token_places` (`matching_places`), which a GPU would have to be asked for.
+
+    Raises:
+        ValueError: an item has not as many references as marked positions.
+    """
     joined = ("input_ids", "img_token_mask", "img_token_idx", "img_token_idx_mask")
-    return {
+    batch = {
         key: torch.cat([item[key] for item in items]) if key in joined else torch.stack([item[key] for item in items])
         for key in items[0]
     }
+    slots, tokens = matching_places(
+        batch["img_token_mask"], batch["reference_attribute_num"], batch["attribute_v"].shape[1]
+    )
+    return {**batch, "reference_places": slots, "token_places": tokens}

@@ -144,7 +144,7 @@ class Producer:
         side = self.resolution // 8
         still = torch.zeros(len(tasks), _PRIOR_LATENTS, side, side, device=weights.device)
         with torch.no_grad():
-            original = self.model.encode_latents(pixels, noise=still.to(weights.dtype)).to(weights.dtype)
+            original = self.model.encode_latents(pixels, noise=still.to(weights.dtype)).float()
         latents = edit(
             self.model,
             self.pipeline.scheduler,
@@ -220,13 +220,12 @@ class Producer:
         return dilate(chosen.float(), self.sampling.dilation)
 
     def _noise(self, tasks: Sequence[NewTask | EditTask], height: int, width: int) -> Tensor:
-        """One generator per image: its noise depends on nothing but its seed."""
-        weights = next(self.model.unet.parameters())
+        """One generator per image: its noise depends on nothing but its seed. Float32, as the latents are."""
         drawn = [
             torch.randn(_PRIOR_LATENTS, height, width, generator=torch.Generator().manual_seed(task.seed))
             for task in tasks
         ]
-        return torch.stack(drawn).to(weights.device, weights.dtype)
+        return torch.stack(drawn).to(next(self.model.unet.parameters()).device)
 
 
 def _to_picture(image: Tensor) -> Image.Image:

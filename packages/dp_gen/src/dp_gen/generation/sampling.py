@@ -1,6 +1,7 @@
 """The denoising loop: classifier-free guidance, references entering after some steps, and edits within a region.
 
-B images, h x w latents, L text positions, D text width.
+B images, h x w latents, L text positions, D text width. Latents and the scheduler's arithmetic are float32 whatever the
+U-Net computes in: the steps are many, and each adds little. Timesteps stay on the CPU, where schedulers look at them.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ def denoise(
     Args:
         model: a `DiversePersonModel`; its `unet` is used.
         scheduler: a diffusers scheduler; its timesteps are set here.
-        latents: [B, 4, h, w], times the scheduler's initial noise sigma already.
+        latents: [B, 4, h, w], float32, times the scheduler's initial noise sigma already.
         cond: [B, L, D] with the references.
         text_cond: [B, L, D] of the plain caption.
         null_cond: [B, L, D] of the empty (or negative) caption.
@@ -42,9 +43,9 @@ def denoise(
         start_merge_step: see above.
 
     Returns:
-        [B, 4, h, w].
+        [B, 4, h, w], float32.
     """
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler.set_timesteps(num_inference_steps)
     conditions = (cond, text_cond, null_cond)
     return run_steps(model.unet, scheduler, latents, scheduler.timesteps, conditions, guidance_scale, start_merge_step)
 
@@ -61,13 +62,15 @@ def run_steps(
     first_call: int = 0,
     keep: Keep | None = None,
 ) -> Tensor:
-    """The loop of `denoise` over given timesteps; `first_call` is the number of the first of them."""
+    """The loop of `denoise` over given timesteps (on the CPU); `first_call` is the number of the first of them."""
     cond, text_cond, null_cond = conditions
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    of_unet = timesteps.to(latents.device, non_blocking=True)
     for place, timestep in enumerate(timesteps):
         chosen = text_cond if first_call + place <= start_merge_step else cond
         doubled = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-        prediction = unet(doubled, timestep, torch.cat([null_cond, chosen])).sample
-        without, with_caption = prediction.chunk(2)
+        prediction = unet(doubled.to(chosen.dtype), of_unet[place], torch.cat([null_cond, chosen])).sample
+        without, with_caption = prediction.to(latents.dtype).chunk(2)
         guided = without + guidance_scale * (with_caption - without)
         latents = scheduler.step(guided, timestep, latents).prev_sample
         if keep is not None:
@@ -110,14 +113,15 @@ def edit(
         start_merge_step: as for `denoise`; calls are counted as if all steps were made.
         strength: above 0, at most 1; 1 begins with pure noise in the region.
     """
-    scheduler.set_timesteps(num_inference_steps, device=original.device)
+    scheduler.set_timesteps(num_inference_steps)
     steps = max(1, round(strength * num_inference_steps))
     timesteps, first_call = last_timesteps(scheduler, steps)
 
     def noisy(timestep: Tensor | None) -> Tensor:
         if timestep is None:
             return original
-        return scheduler.add_noise(original, noise, timestep.reshape(1).expand(len(original)))
+        of_images = timestep.reshape(1).expand(len(original))
+        return scheduler.add_noise(original, noise, of_images.to(original.device, non_blocking=True))
 
     def keep(latents: Tensor, following: Tensor | None) -> Tensor:
         return region * latents + (1 - region) * noisy(following)

@@ -70,16 +70,33 @@ class DiversePersonController(nn.Module):
         Raises:
             ValueError: there are not as many valid references as marked positions.
         """
-        valid = valid_slots(attribute_embedding.shape[1], reference_attribute_num)
-        references = attribute_embedding.squeeze(2)[valid].to(text_embeddings.dtype)
-        marked = text_embeddings[img_token_mask]
-        if len(references) != len(marked):
-            raise ValueError(f"{len(references)} reference images for {len(marked)} marked tokens: they must be equal")
+        slots, tokens = matching_places(img_token_mask, reference_attribute_num, attribute_embedding.shape[1])
+        return self.fuse_at(text_embeddings, tokens, attribute_embedding.flatten(0, 2)[slots])
+
+    def fuse_at(self, text_embeddings: Tensor, tokens: Tensor, references: Tensor) -> Tensor:
+        """Fuse references `[M, D]` at the places `tokens` `[M]` of the flattened positions of `[B, L, D]`; a new tensor."""
+        flat = text_embeddings.flatten(0, 1)
         # An empty batch passes through too: its gradients are then zero, not absent, as distributed training needs.
-        fused = self.fuse(marked, references).to(text_embeddings.dtype)
-        return torch.index_put(text_embeddings, (img_token_mask,), fused)
+        fused = self.fuse(flat[tokens], references.to(flat.dtype)).to(flat.dtype)
+        return torch.index_put(flat, (tokens,), fused).view_as(text_embeddings)
 
 
-def valid_slots(slots: int, reference_attribute_num: Tensor) -> Tensor:
-    """bool [B, N]: the first `reference_attribute_num[b]` slots of each sample."""
-    return torch.arange(slots, device=reference_attribute_num.device) < reference_attribute_num[:, None]
+def matching_places(img_token_mask: Tensor, reference_attribute_num: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The M valid references of a batch, and the marked positions that they belong to. Waits for a GPU.
+
+    Args:
+        img_token_mask: bool [B, L].
+        reference_attribute_num: [B], how many slots of each sample are valid.
+        slots: N of each sample.
+
+    Returns:
+        int64 [M] of the flattened [B, N], and int64 [M] of the flattened [B, L].
+
+    Raises:
+        ValueError: there are not as many valid references as marked positions.
+    """
+    valid = torch.arange(slots, device=reference_attribute_num.device) < reference_attribute_num[:, None]
+    references, tokens = (marks.flatten().nonzero().flatten() for marks in (valid, img_token_mask))
+    if len(references) != len(tokens):
+        raise ValueError(f"{len(references)} reference images for {len(tokens)} marked tokens: they must be equal")
+    return references, tokens

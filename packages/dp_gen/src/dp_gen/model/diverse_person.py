@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dp_gen.losses import attribute_localization_loss, attribute_region, masked_mse
 from dp_gen.model.attention import AttentionCapture, attention_grids, reference_attention
-from dp_gen.model.controller import DiversePersonController, valid_slots
+from dp_gen.model.controller import DiversePersonController, matching_places
 from dp_gen.model.parts import load_image_encoder, load_text_encoder, load_unet, load_vae
 from dp_gen.model.weights import load_checkpoint
 from tbps_common.errors import InputError
@@ -20,7 +20,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Batch = Mapping[str, Tensor]
 """What `dp_gen.collate_fn` returns: pix_v, input_ids, img_token_mask, img_token_idx, img_token_idx_mask, attribute_v,
-attribute_seg_maps, reference_attribute_num, img_ids."""
+attribute_seg_maps, reference_attribute_num, img_ids, reference_places, token_places."""
 
 
 class DiversePersonModel(nn.Module):
@@ -89,8 +89,10 @@ class DiversePersonModel(nn.Module):
         size = self.image_encoder.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
-        mean = images.new_tensor(CLIP_MEAN)[:, None, None]
-        std = images.new_tensor(CLIP_STD)[:, None, None]
+        # Filled on the device: a tensor made of a list would be copied there, and the copy waited for.
+        mean, std = (
+            torch.stack([images.new_full((1, 1), value) for value in values]) for values in (CLIP_MEAN, CLIP_STD)
+        )
         pixels = ((images - mean) / std).to(self.image_encoder.dtype)
         return self.image_encoder(pixel_values=pixels).image_embeds
 
@@ -101,19 +103,21 @@ class DiversePersonModel(nn.Module):
     def encode_condition(self, batch: Batch) -> Tensor:
         """What the U-Net attends to: text features, with the references fused in. [B, L, D].
 
-        Needs `input_ids`, `img_token_mask`, `attribute_v` and `reference_attribute_num` of the batch. Only valid slots
-        are encoded; the result is that of encoding all.
+        Needs `input_ids`, `img_token_mask`, `attribute_v` and `reference_attribute_num` of the batch; `reference_places` and
+        `token_places` are found (`matching_places`) where they are absent. Only valid slots are encoded; the result is that
+        of encoding all.
         """
-        references, counts = batch["attribute_v"], batch["reference_attribute_num"]
-        valid = valid_slots(references.shape[1], counts)
-        chosen = valid.clone()
+        references = batch["attribute_v"]
+        if "token_places" in batch:
+            slots, tokens = batch["reference_places"], batch["token_places"]
+        else:
+            mask, counts = batch["img_token_mask"], batch["reference_attribute_num"]
+            slots, tokens = matching_places(mask, counts, references.shape[1])
+        images = references.flatten(0, 1)
         # A batch without any reference encodes one padding slot, whose feature is not used: all parameters then have
         # (zero) gradients, as distributed training needs.
-        chosen[0, 0] |= ~valid.any()
-        features = self._image_features(references[chosen])
-        embedding = features.new_zeros(*valid.shape, 1, features.shape[-1])
-        embedding = embedding.index_put((chosen,), features[:, None])
-        return self.controller(self.encode_text(batch["input_ids"]), embedding, batch["img_token_mask"], counts)
+        features = self._image_features(images[slots] if len(slots) else images[:1])[: len(slots)]
+        return self.controller.fuse_at(self.encode_text(batch["input_ids"]), tokens, features)
 
     def encode_latents(self, pix_v: Tensor, noise: Tensor | None = None) -> Tensor:
         """A sample of the VAE's posterior, times its scaling factor.

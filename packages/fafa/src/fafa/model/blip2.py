@@ -91,6 +91,12 @@ class Blip2(nn.Module):
         return layout(self.settings)
 
     @property
+    def unused_parameters(self) -> list[str]:
+        """Names of the parameters that no loss uses: the word-prediction head and the matching head."""
+        heads = ("Qformer.lm_head.", "itm_head.")
+        return [name for name, _ in self.named_parameters() if name.startswith(heads)]
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.query_tokens.device
@@ -164,13 +170,14 @@ class Blip2(nn.Module):
 
     def image_hidden(self, states: Tensor) -> Tensor:
         """Hidden states of the query tokens that look at E: `[B, N + 1, W]` to `[B, T, H]`."""
-        return self.Qformer(queries=self._queries(len(states)), image_states=states)
+        # The size as `shape[0]`, not `len`: an exported model takes batches of every size.
+        return self.Qformer(queries=self._queries(states.shape[0]), image_states=states)
 
     def fused_hidden(self, states: Tensor, captions: Captions) -> Tensor:
         """Text `[CLS]` of the Q-Former on [queries, caption] with E: `[B, H]`."""
         tokens = self.tokenize(captions)
         hidden = self.Qformer(
-            queries=self._queries(len(states)),
+            queries=self._queries(states.shape[0]),
             input_ids=tokens["input_ids"],
             text_mask=tokens["attention_mask"],
             image_states=states,
@@ -267,7 +274,7 @@ class Blip2(nn.Module):
     def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
         """Matching score `[B]` of E `[B, N + 1, W]` with encoded text: mean over the query tokens of the second logit."""
         hidden = self.Qformer(
-            queries=self._queries(len(image_inputs)),
+            queries=self._queries(image_inputs.shape[0]),
             input_ids=text_ids,
             text_mask=text_atts,
             image_states=image_inputs,

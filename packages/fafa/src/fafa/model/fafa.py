@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -22,13 +23,16 @@ from fafa.losses import (
     token_similarity,
 )
 from fafa.model.blip2 import Blip2, Captions
+from fafa.model.hub import parts_of
 from fafa.model.settings import MODEL_NAME, ModelSettings, read_settings
 from fafa.model.start_weights import load_start_weights, read_state_dict
 from fafa.model.tokenizer import build_tokenizer
-from fafa.model.weights import LoadResult, load_official_state_dict, required_keys
+from fafa.model.weights import LoadResult, load_official_state_dict, official_state_dict, required_keys
 from fafa.processors import BlipCaptionProcessor
 from fafa.transforms import blip_image_train, inference_transform
-from tbps_common.errors import InputError
+from tbps_common.errors import CheckpointError, InputError
+from tbps_common.models.hub import HubModel, HubParts
+from tbps_common.models.source import HUB_CONFIG
 from tbps_common.run.distributed import broadcast_tensor, gather_rows
 
 OLDEST_TRANSFORMERS = (5, 17)
@@ -170,7 +174,7 @@ class FAFA(Blip2):
         return pool_tokens(token_similarity(query, target_feats), self.fda_k, self.use_soft)
 
 
-class Blip2FAFACPR(FAFA):
+class Blip2FAFACPR(FAFA, HubModel):
     """The model of the paper: a frozen EVA or CLIP ViT, the Q-Former, and FAFA's objectives.
 
     Args:
@@ -201,9 +205,36 @@ class Blip2FAFACPR(FAFA):
         return cls._started(ModelSettings.from_mapping(cfg))
 
     @classmethod
-    def from_pretrained(cls, model_type: str) -> Self:
-        """The same for a built-in backbone (`pretrain`, `pretrain_vitL`, `coco`) or a YAML file."""
+    def from_pretrained(cls, model_type: str | os.PathLike[str], **hub_options: Any) -> Self:
+        """The same for a built-in backbone (`pretrain`, `pretrain_vitL`, `coco`) or a YAML file.
+
+        A folder in the layout of the hub, or the name of a repository there, gives the trained model instead, in evaluation
+        mode; `hub_options` are those of huggingface_hub.
+        """
+        name = os.fspath(model_type)
+        if os.path.isdir(name) or (
+            name.count("/") == 1 and not os.path.exists(name) and not name.endswith((".yaml", ".yml"))
+        ):
+            return super().from_pretrained(name, **hub_options)
         return cls._started(read_settings(model_type))
+
+    def hub_parts(self) -> HubParts:
+        """This model in the layout of the hub (`save_pretrained`, `push_to_hub`)."""
+        values = {"fda_k": self.fda_k, "fda_alpha": self.fda_alpha, "fd_margin": self.dispersion_loss.margin}
+        return parts_of(official_state_dict(self), self.settings, values, self.tokenizer.get_vocab())
+
+    @classmethod
+    def from_hub(cls, folder: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> Self:
+        """The model of such a folder, float32."""
+        model, result = cls.from_state_dict(read_settings(folder / HUB_CONFIG).to_mapping(), state)
+        if result.missing_keys or result.unexpected_keys:
+            names = ", ".join([*result.missing_keys, *result.unexpected_keys][:5])
+            raise CheckpointError(f"{folder} does not fit its own {HUB_CONFIG} ({names}): copy or download it again.")
+        values = config.get("hyperparameters") or {}
+        model.fda_k = values.get("fda_k", model.fda_k)
+        model.fda_alpha = values.get("fda_alpha", model.fda_alpha)
+        model.dispersion_loss.margin = values.get("fd_margin", model.dispersion_loss.margin)
+        return model
 
     @classmethod
     def _started(cls, settings: ModelSettings) -> Self:

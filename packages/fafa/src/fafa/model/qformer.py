@@ -97,7 +97,7 @@ class QFormer(nn.Module):
         if input_ids is not None:
             parts.append(self.embed_text(input_ids))
             if text_mask is not None:
-                ones = text_mask.new_ones(len(text_mask), 0 if queries is None else queries.shape[1])
+                ones = text_mask.new_ones(text_mask.shape[0], 0 if queries is None else queries.shape[1])
                 # Given ready-made as [B, 1, 1, keys], the library need not look whether anything is padded, for which
                 # a GPU would have to be waited for.
                 visible = torch.cat([ones, text_mask], dim=1).bool()[:, None, None, :]

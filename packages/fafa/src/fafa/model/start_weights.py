@@ -27,6 +27,7 @@ from fafa.model.weights import (
     required_keys,
 )
 from tbps_common.errors import CheckpointError
+from tbps_common.models.source import fetch
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
 
 if TYPE_CHECKING:
@@ -249,15 +250,7 @@ def _folder(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"hf:{source} is neither a folder nor a repository that can be fetched; download it and give its folder."
-        ) from error
+    return fetch(source, ["*.safetensors", "*.json"], f"hf:{source}")
 
 
 def _read_files(folder: Path) -> Mapping[str, Tensor]:

@@ -39,7 +39,9 @@ class Embeddings(nn.Module):
         """`[B, 3, S, S]` to `[B, N + 1, W]`."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [B, W, g, g]
         tokens = patches.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)  # [B, N, W]
-        return torch.cat([self.class_embedding.expand(len(tokens), -1, -1), tokens], dim=1) + self.position_embedding
+        return (
+            torch.cat([self.class_embedding.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.position_embedding
+        )
 
 
 class QkvLinear(nn.Linear):

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from fafa.syncpr.prompts import IMAGE_TEMPLATE
-from tbps_common.pipeline import Shard, request_fields, shard
+from tbps_common.pipeline import add_shard_flags, request_fields
 from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DESCRIPTION = """\
@@ -123,9 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "cost":
             stage.add_argument("--out", required=True, help="folder that the stage writes to")
         if name in ("quadruples", "images", "filter"):
-            stage.add_argument(
-                "--shard", type=shard, default=Shard(), metavar="i/n", help="every n-th item, from the i-th"
-            )
+            add_shard_flags(stage)
         if name in ("images", "filter", "lora"):
             stage.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
             stage.add_argument("--dtype", choices=_DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
@@ -145,10 +143,10 @@ def _quadruples(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--workers", type=whole_number(1), default=8, help="requests in flight")
     _add_request_flags(server, max_tokens=4096)
     what = parser.add_argument_group("quadruples")
-    what.add_argument("--count", type=whole_number(1), default=1000, help="quadruples to have, over all shards")
-    what.add_argument("--per-request", type=whole_number(1), default=5, help="quadruples asked for at once")
-    what.add_argument("--temperature", type=number(0), default=1.0, help="of the model's choice of words")
-    what.add_argument("--seed", type=whole_number(0), default=0, help="of the attribute combinations")
+    what.add_argument("--count", type=whole_number(1), default=1000, help="total number of quadruples, over all shards")
+    what.add_argument("--per-request", type=whole_number(1), default=5, help="quadruples per request")
+    what.add_argument("--temperature", type=number(0), default=1.0, help="sampling temperature of the chat model")
+    what.add_argument("--seed", type=whole_number(0), default=0, help="random seed of the attribute combinations")
     what.add_argument("--attributes", metavar="FILE", help="seed lists in the form of fafa/syncpr/attributes.json")
     what.add_argument("--tries", type=whole_number(1), default=3, help="questions per request with unusable answers")
     what.add_argument(
@@ -164,20 +162,20 @@ def _images(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     _add_diffusion_model(model)
     model.add_argument("--lora", help="LoRA in diffusers' format: file, folder or hub name")
-    model.add_argument("--lora-scale", type=number(0), default=1.0, help="1: as trained")
+    model.add_argument("--lora-scale", type=number(0), default=1.0, help="weight of the LoRA; 1: as trained")
     picture = parser.add_argument_group("pictures")
     picture.add_argument("--variants", type=whole_number(1), default=10, help="pictures per quadruple")
-    picture.add_argument("--height", type=whole_number(16), default=384, help="of the whole picture, as generated")
-    picture.add_argument("--width", type=whole_number(16), default=384, help="of the whole picture, as generated")
-    picture.add_argument("--half-height", type=whole_number(1), default=384, help="the halves are resized to it")
-    picture.add_argument("--half-width", type=whole_number(1), default=192, help="the halves are resized to it")
-    picture.add_argument("--steps", type=whole_number(1), default=28, help="of the sampler")
-    picture.add_argument("--guidance", type=number(0), default=3.5, help="guidance scale")
-    picture.add_argument("--negative-prompt", metavar="TEXT", help="for models that take one")
+    picture.add_argument("--height", type=whole_number(16), default=384, help="height of the whole picture, in pixels")
+    picture.add_argument("--width", type=whole_number(16), default=384, help="width of the whole picture, in pixels")
+    picture.add_argument("--half-height", type=whole_number(1), default=384, help="height of the halves after resizing")
+    picture.add_argument("--half-width", type=whole_number(1), default=192, help="width of the halves after resizing")
+    picture.add_argument("--steps", type=whole_number(1), default=28, help="sampling steps")
+    picture.add_argument("--guidance", type=number(0), default=3.5, help="scale of classifier-free guidance")
+    picture.add_argument("--negative-prompt", metavar="TEXT", help="negative prompt, for models that take one")
     picture.add_argument(
         "--prompt-template", metavar="TEXT", default=IMAGE_TEMPLATE, help="holds {caption_1} and, after it, {caption_2}"
     )
-    picture.add_argument("--seed", type=whole_number(0), default=0, help="of all pictures")
+    picture.add_argument("--seed", type=whole_number(0), default=0, help="random seed of the pictures")
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--batch-size", type=whole_number(1), default=4, help="pictures at a time")
     run_group.add_argument("--folder-size", type=whole_number(1), default=1000, help="quadruples per folder testK")
@@ -197,7 +195,9 @@ def _filter(parser: argparse.ArgumentParser) -> None:
         "--max-pair-similarity", type=number(-1), default=0.97, help="left and right half, as pictures, by CLIP"
     )
     vlm = parser.add_argument_group("vision-language model (optional)")
-    vlm.add_argument("--vlm-model", help="name on an OpenAI-compatible server; without it no questions are asked")
+    vlm.add_argument(
+        "--vlm-model", help="name of the model on an OpenAI-compatible server; without it, no questions are asked"
+    )
     vlm.add_argument("--vlm-base-url", help="address up to /v1; None: OPENAI_BASE_URL, or else OpenAI's own")
     vlm.add_argument("--vlm-api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     vlm.add_argument("--vlm-workers", type=whole_number(1), default=8, help="requests in flight")
@@ -212,7 +212,7 @@ def _add_diffusion_model(group: Any) -> None:
     group.add_argument(
         "--model", default="black-forest-labs/FLUX.1-dev", help="folder or hub name of a diffusers model"
     )
-    group.add_argument("--revision", help="of the hub")
+    group.add_argument("--revision", help="revision of the model on the hub")
 
 
 def _add_request_flags(group: Any, *, max_tokens: int) -> None:
@@ -238,7 +238,9 @@ def _add_request_flags(group: Any, *, max_tokens: int) -> None:
 
 def _pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--both-directions", action="store_true", help="also from the right picture to the left one")
-    parser.add_argument("--id-by", choices=("quadruple", "image"), default="quadruple", help="what shares a cpr_id")
+    parser.add_argument(
+        "--id-by", choices=("quadruple", "image"), default="quadruple", help="which triplets share a cpr_id"
+    )
     parser.add_argument("--json-path", default="SynCPR.json", help="file to write, relative to --out or absolute")
     parser.add_argument(
         "--preview", type=whole_number(0), default=8, help="triplets to show in preview.png; 0: no picture"
@@ -248,19 +250,19 @@ def _pack(parser: argparse.ArgumentParser) -> None:
 def _pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--syncpr", required=True, metavar="ROOT", help="folder with pictures and an annotation")
     parser.add_argument("--json-path", default="SynCPR.json", help="annotation, relative to --syncpr or absolute")
-    parser.add_argument("--height", type=whole_number(16), default=384, help="of the whole picture")
-    parser.add_argument("--width", type=whole_number(16), default=384, help="of the whole picture")
-    parser.add_argument("--limit", type=whole_number(1), help="pairs, at most")
+    parser.add_argument("--height", type=whole_number(16), default=384, help="height of the whole picture, in pixels")
+    parser.add_argument("--width", type=whole_number(16), default=384, help="width of the whole picture, in pixels")
+    parser.add_argument("--limit", type=whole_number(1), help="make at most this many pairs")
     parser.add_argument("--prompt-template", metavar="TEXT", default=IMAGE_TEMPLATE, help="as for fafa-syncpr images")
 
 
 def _lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with captions.jsonl and its pictures")
     _add_diffusion_model(parser)
-    parser.add_argument("--rank", type=whole_number(1), default=16, help="of the LoRA")
+    parser.add_argument("--rank", type=whole_number(1), default=16, help="rank of the LoRA matrices")
     parser.add_argument("--steps", type=whole_number(1), default=2000, help="optimizer steps of the whole training")
     parser.add_argument("--batch-size", type=whole_number(1), default=4, help="pictures per step and process")
-    parser.add_argument("--learning-rate", type=number(0, above=True), default=1e-4, help="of AdamW")
+    parser.add_argument("--learning-rate", type=number(0, above=True), default=1e-4, help="learning rate of AdamW")
     parser.add_argument("--warmup", type=whole_number(0), default=100, help="steps in which the rate rises")
     parser.add_argument("--height", type=whole_number(16), default=384, help="pictures are resized to it")
     parser.add_argument("--width", type=whole_number(16), default=384, help="pictures are resized to it")
@@ -271,7 +273,9 @@ def _lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=whole_number(1), default=200, help="steps between two saves")
     parser.add_argument("--log-every", type=whole_number(1), default=20, help="steps between two lines of the log")
     parser.add_argument("--num-workers", type=whole_number(0), default=2, help="processes that load pictures")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of order, noise and first weights")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="random seed of the order, the noise and the initial weights"
+    )
     add_bad_images_flag(parser)
 
 
@@ -286,7 +290,10 @@ def _cost(parser: argparse.ArgumentParser) -> None:
         "--answer-tokens", type=whole_number(1), default=950, help="tokens per answer: 190 per quadruple"
     )
     texts.add_argument(
-        "--tokens-per-second", type=number(0, above=True), default=2000.0, help="of a 72B model, many requests at once"
+        "--tokens-per-second",
+        type=number(0, above=True),
+        default=2000.0,
+        help="throughput of a 72B model with many requests at once",
     )
     texts.add_argument("--text-gpus", type=whole_number(1), default=4, help="GPUs that hold the chat model")
     pictures = parser.add_argument_group("pictures (assumed)")
@@ -299,7 +306,7 @@ def _cost(parser: argparse.ArgumentParser) -> None:
         default=400.0,
         help="reached per second: 40 %% of an H100's peak in bf16",
     )
-    pictures.add_argument("--lora-steps", type=whole_number(0), default=2000, help="of the LoRA's training")
+    pictures.add_argument("--lora-steps", type=whole_number(0), default=2000, help="training steps of the LoRA")
     pictures.add_argument("--lora-batch", type=whole_number(1), default=4, help="pictures per step")
     filters = parser.add_argument_group("filters (assumed)")
     filters.add_argument("--clip-gflops", type=number(0, above=True), default=162.0, help="one half in CLIP ViT-L/14")
@@ -307,7 +314,10 @@ def _cost(parser: argparse.ArgumentParser) -> None:
         "--asked", type=number(0), default=0.6, help="share of pairs that the vision-language model is asked about"
     )
     filters.add_argument(
-        "--answers-per-second", type=number(0, above=True), default=15.0, help="of a 7B vision-language model"
+        "--answers-per-second",
+        type=number(0, above=True),
+        default=15.0,
+        help="throughput of a 7B vision-language model",
     )
     disk = parser.add_argument_group("disk (assumed)")
     disk.add_argument(

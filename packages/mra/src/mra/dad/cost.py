@@ -199,8 +199,10 @@ def main(argv: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m mra.dad.cost", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--steps", type=whole_number(1), default=50, help="denoising steps per picture")
-    parser.add_argument("--captions", type=whole_number(1), default=CAPTIONS, help="of the training set")
-    parser.add_argument("--share", type=number(0, 1.001, above=True), default=0.35, help="of the peak that is reached")
+    parser.add_argument("--captions", type=whole_number(1), default=CAPTIONS, help="captions in the training set")
+    parser.add_argument(
+        "--share", type=number(0, 1.001, above=True), default=0.35, help="share of the peak throughput that is reached"
+    )
     args = parser.parse_args(argv)
     print(table(stages(args.steps, args.captions), args.share))
     return 0

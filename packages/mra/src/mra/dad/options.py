@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mra.options import device, seed
-from tbps_common.pipeline.stages import Shard, shard
+from tbps_common.pipeline.stages import add_shard_flags
 from tbps_common.run.arguments import HelpFormatter, add_bad_images_flag, number, whole_number
 
 DESCRIPTION = """\
@@ -68,7 +68,9 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
         help="controlnet (paper): a trainable copy of the encoder, fed with a white picture, next to the frozen model; "
         "lora: low-rank matrices in the attention layers, light",
     )
-    parser.add_argument("--lora_rank", type=whole_number(1), default=16, help="of --method lora")
+    parser.add_argument(
+        "--lora_rank", type=whole_number(1), default=16, help="rank of the LoRA matrices (--method lora)"
+    )
     add_size(parser)
     group = parser.add_argument_group("training (epochs are the paper's; the paper does not state the others)")
     group.add_argument("--epochs", type=whole_number(1), default=EPOCHS, help="passes over the captions (paper: 3)")
@@ -77,19 +79,26 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
         type=number(0, above=True),
         help="learning rate (default: {controlnet:g} for controlnet, {lora:g} for lora)".format(**LEARNING_RATES),
     )
-    group.add_argument("--warmup", type=whole_number(0), default=500, help="steps in which the rate rises to --lr")
+    group.add_argument(
+        "--warmup", type=whole_number(0), default=500, help="steps over which the learning rate rises to --lr"
+    )
     group.add_argument("--batch_size", type=whole_number(1), default=8, help="pairs at a time, per process")
     group.add_argument("--accumulate", type=whole_number(1), default=1, help="batches of --batch_size per step")
-    group.add_argument("--weight_decay", type=number(0), default=0.01, help="of AdamW")
-    group.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0: as it is")
+    group.add_argument("--weight_decay", type=number(0), default=0.01, help="weight decay of AdamW")
+    group.add_argument("--clip", type=number(0), default=1.0, help="clip the gradient to this norm; 0: no clipping")
     group.add_argument(
-        "--empty_prompts", type=number(0, 1), default=0.0, help="share of the captions that are replaced by nothing"
+        "--empty_prompts",
+        type=number(0, 1),
+        default=0.0,
+        help="share of the captions that are replaced by the empty text",
     )
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third more time")
-    group.add_argument("--seed", type=seed, default=42, help="of the order, the noise and the time steps")
+    group.add_argument("--seed", type=seed, default=42, help="random seed of the order, the noise and the time steps")
     _add_machine(parser)
-    parser.add_argument("--num_workers", type=whole_number(0), default=4, help="processes that load data, per process")
-    parser.add_argument("--save_every", type=whole_number(1), default=500, help="steps between two writes of last.pth")
+    parser.add_argument("--num_workers", type=whole_number(0), default=4, help="data-loading workers per process")
+    parser.add_argument(
+        "--save_every", type=whole_number(1), default=500, help="steps between two checkpoints (last.pth)"
+    )
     parser.add_argument("--log_every", type=whole_number(1), default=50, help="steps between two log lines")
     add_bad_images_flag(parser)
 
@@ -103,8 +112,8 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         help="any text-to-image model of diffusers: hub id, or folder in its layout (with --controlnet, the model "
         "that was fine-tuned)",
     )
-    parser.add_argument("--controlnet", metavar="DIR", help="what mra-dad finetune wrote, or a hub id")
-    parser.add_argument("--lora", metavar="DIR", help="what mra-dad finetune --method lora wrote, or a hub id")
+    parser.add_argument("--controlnet", metavar="DIR", help="folder that mra-dad finetune wrote, or a hub id")
+    parser.add_argument("--lora", metavar="DIR", help="folder that mra-dad finetune --method lora wrote, or a hub id")
     add_size(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument(
@@ -121,12 +130,15 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=whole_number(1), default=50, help="denoising steps")
     group.add_argument("--guidance", type=number(0), default=7.5, help="scale of classifier-free guidance")
     group.add_argument("--control_scale", type=number(0), default=1.0, help="weight of the ControlNet")
-    group.add_argument("--negative_prompt", default="", help="what guidance leads away from")
+    group.add_argument("--negative_prompt", default="", help="negative prompt: guidance leads away from it")
     group.add_argument("--scheduler", choices=SCHEDULERS, default="model", help="model: the one the model comes with")
     group.add_argument(
-        "--seed", type=seed, default=42, help="of prompts and noise; a picture's own depends on its name"
+        "--seed",
+        type=seed,
+        default=42,
+        help="random seed of prompts and noise; each picture's own follows from its name",
     )
-    group.add_argument("--quality", type=whole_number(1), default=95, help="of the JPEG files, up to 100")
+    group.add_argument("--quality", type=whole_number(1), default=95, help="quality of the JPEG files, up to 100")
     _add_stage(parser, batch_size=8)
 
 
@@ -146,11 +158,18 @@ def _filter(parser: argparse.ArgumentParser) -> None:
         help="drop a picture whose channel differences vary less than this (standard deviation): toned greyscale",
     )
     group = parser.add_argument_group("persons (the paper uses OpenPose; here a pose model of transformers)")
-    group.add_argument("--pose_model", default=POSE_MODEL, help="ViTPose: hub id or folder; none: leave this check out")
-    group.add_argument("--keypoint_score", type=number(0, 1), default=0.3, help="from which a key point counts")
-    group.add_argument("--min_keypoints", type=whole_number(0), default=8, help="fewest key points of a person, of 17")
+    group.add_argument("--pose_model", default=POSE_MODEL, help="ViTPose: hub id or folder; none: skip this check")
     group.add_argument(
-        "--min_extent", type=number(0, 1), default=0.4, help="least height of the key points, as a share of the picture"
+        "--keypoint_score", type=number(0, 1), default=0.3, help="lowest score at which a key point counts"
+    )
+    group.add_argument(
+        "--min_keypoints", type=whole_number(0), default=8, help="fewest key points of a person, out of 17"
+    )
+    group.add_argument(
+        "--min_extent",
+        type=number(0, 1),
+        default=0.4,
+        help="smallest vertical extent of the key points, as a share of the picture",
     )
     group.add_argument(
         "--any_order",
@@ -165,7 +184,7 @@ def _caption(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=CAPTION_MODEL, help="BLIP-2 of transformers: hub id or folder")
     parser.add_argument("--prompt", default=CAPTION_PROMPT, help="prompt for the model (default: the paper's)")
     parser.add_argument("--max_tokens", type=whole_number(1), default=50, help="longest caption")
-    parser.add_argument("--beams", type=whole_number(1), default=1, help="1: the likeliest word each time")
+    parser.add_argument("--beams", type=whole_number(1), default=1, help="beams of the search; 1: greedy decoding")
     _add_stage(parser, batch_size=16)
 
 
@@ -175,9 +194,14 @@ def _regions(parser: argparse.ArgumentParser) -> None:
         "--sda", default="data/sda", metavar="DIR", help="folder of the JSON files that --task sda reads"
     )
     parser.add_argument("--model", default=DETECTOR_MODEL, help="Grounding DINO of transformers: hub id or folder")
-    parser.add_argument("--box_threshold", type=number(0, 1), default=BOX_THRESHOLD, help="least score (paper: 0.35)")
     parser.add_argument(
-        "--text_threshold", type=number(0, 1), default=TEXT_THRESHOLD, help="of a phrase's words (paper: 0.35)"
+        "--box_threshold", type=number(0, 1), default=BOX_THRESHOLD, help="lowest score of a box (paper: 0.35)"
+    )
+    parser.add_argument(
+        "--text_threshold",
+        type=number(0, 1),
+        default=TEXT_THRESHOLD,
+        help="lowest score of a phrase's words (paper: 0.35)",
     )
     group = parser.add_argument_group("box filter (the paper has one and does not state its rule)")
     group.add_argument(
@@ -187,7 +211,7 @@ def _regions(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         type=number(0, 1, above=True),
         default=0.8,
-        help="of two boxes with one phrase whose intersection over union is larger, the surer one is kept",
+        help="if two boxes with the same phrase overlap more than this (intersection over union), only the one with the higher score is kept",
     )
     parser.add_argument(
         "--pack",
@@ -213,8 +237,8 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 
 
 def add_size(parser: argparse.ArgumentParser, height: int = HEIGHT, width: int = WIDTH) -> None:
-    parser.add_argument("--height", type=whole_number(8), default=height, help="of the pictures, in pixels")
-    parser.add_argument("--width", type=whole_number(8), default=width, help="of the pictures, in pixels")
+    parser.add_argument("--height", type=whole_number(8), default=height, help="height of the pictures, in pixels")
+    parser.add_argument("--width", type=whole_number(8), default=width, help="width of the pictures, in pixels")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -223,15 +247,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the networks that are not trained; auto: 16 bits on a GPU where the model is known to bear it, else fp32",
+        help="precision of the networks that are not trained; auto: 16 bits on a GPU if the model is known to work in it, else fp32",
     )
 
 
 def _add_stage(parser: argparse.ArgumentParser, batch_size: int) -> None:
     group = parser.add_argument_group("how the work is done")
-    group.add_argument(
-        "--shard", type=shard, default=Shard(), metavar="i/n", help="do the i-th of n shares (all n: the whole)"
-    )
+    add_shard_flags(group)
     group.add_argument("--batch_size", type=whole_number(1), default=batch_size, help="pictures at a time")
     _add_machine(parser)
 

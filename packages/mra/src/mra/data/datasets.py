@@ -13,9 +13,11 @@ from mra.data.regions import box_in_pixels, crop_around, region_attention
 from mra.data.transforms import Transform, build_transforms
 from mra.text.augmentation import pre_caption
 from mra.text.wordnet import synonyms_of
-from tbps_common.datasets import load_processed_eval, load_processed_train, load_sda
+from tbps_common.datasets import ProcessedEval, ProcessedTrain, load_processed_eval, load_processed_train, load_sda
+from tbps_common.datasets.sda import SDA
 from tbps_common.errors import DatasetError
 from tbps_common.images import read_image
+from tbps_common.packed import PackedNumbers, PackedStrings
 
 logger = logging.getLogger("mra.data")
 
@@ -61,13 +63,17 @@ class PretrainDataset(Dataset[Any]):
         config: `train_file_regions`, `image_root`, `h`, `w`, `patch_size`, `erasing_p`, `max_words`, `icfg_rstp`, `eda`.
         transform: of the cropped picture; by default the `box` transform of `build_transforms`.
         rng: generator of all draws; the default, Python's global one, is the one that loader processes reseed.
+        data: the annotation, if it has been read already.
 
     Raises:
         DatasetError: an annotation file cannot be used.
     """
 
-    def __init__(self, config: dict[str, Any], transform: Transform | None = None, rng: Any = random):
-        self.records = load_sda(config["train_file_regions"], config["image_root"]).records
+    def __init__(
+        self, config: dict[str, Any], transform: Transform | None = None, rng: Any = random, *, data: SDA | None = None
+    ):
+        data = load_sda(config["train_file_regions"], config["image_root"]) if data is None else data
+        self.records = data.records
         self.size = config["h"], config["w"]
         self.patch_size: int = config["patch_size"]
         self.transform = build_transforms(config, rng)["box"] if transform is None else transform
@@ -79,7 +85,7 @@ class PretrainDataset(Dataset[Any]):
         return len(self.records)
 
     def image_path(self, index: int) -> str:
-        return self.records[index].image_path
+        return self.records.image_paths[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, Any, Tensor, str, int, int]:
         record, rng = self.records[index], self._captions.rng
@@ -131,28 +137,37 @@ class FinetuneDataset(Dataset[Any]):
     Args:
         config: `train_file`, `image_root`, `h`, `w`, `erasing_p`, `max_words`, `icfg_rstp`, `eda`.
         transform: of the picture; by default the `train` transform of `build_transforms`.
-        rng: see `PretrainDataset`.
+        rng: see `PretrainDataset`; the same for `data`.
 
     Raises:
         DatasetError: an annotation file cannot be used.
     """
 
-    def __init__(self, config: dict[str, Any], transform: Transform | None = None, rng: Any = random):
-        self.data = load_processed_train(config["train_file"], config["image_root"])
+    def __init__(
+        self,
+        config: dict[str, Any],
+        transform: Transform | None = None,
+        rng: Any = random,
+        *,
+        data: ProcessedTrain | None = None,
+    ):
+        data = load_processed_train(config["train_file"], config["image_root"]) if data is None else data
+        self.image_paths, self.captions = PackedStrings(data.image_paths), PackedStrings(data.captions)
+        self.labels = PackedNumbers("i", data.labels)
         self.transform = build_transforms(config, rng)["train"] if transform is None else transform
         self._captions = _Captions(config, rng)
 
     def __len__(self) -> int:
-        return len(self.data.captions)
+        return len(self.captions)
 
     def image_path(self, index: int) -> str:
-        return self.data.image_paths[index]
+        return self.image_paths[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, Any, Any, Any, Any, int]:
         path = self.image_path(index)
         image = self.transform(read_image(path))
-        caption, augmented = self._captions.both(self.data.captions[index], path)
-        return image, caption, augmented, {}, {}, {}, self.data.labels[index]
+        caption, augmented = self._captions.both(self.captions[index], path)
+        return image, caption, augmented, {}, {}, {}, self.labels[index]
 
 
 class RetrievalTestDataset(Dataset[Any]):
@@ -168,14 +183,22 @@ class RetrievalTestDataset(Dataset[Any]):
         ann_file: JSON of the split.
         config: `image_root` (or `image_root_test`, which comes first), `h`, `w`, `max_words`, `icfg_rstp`, `test_hflip`.
         transform: by default the `test` transform of `build_transforms`.
+        data: the annotation, if it has been read already.
 
     Raises:
         DatasetError: the file cannot be used, or a caption is empty.
     """
 
-    def __init__(self, ann_file: str | os.PathLike[str], config: dict[str, Any], transform: Transform | None = None):
+    def __init__(
+        self,
+        ann_file: str | os.PathLike[str],
+        config: dict[str, Any],
+        transform: Transform | None = None,
+        *,
+        data: ProcessedEval | None = None,
+    ):
         root = config.get("image_root_test") or config["image_root"]
-        data = load_processed_eval(ann_file, root)
+        data = load_processed_eval(ann_file, root) if data is None else data
         captions = _Captions({**config, "eda": False}, random)
         self.text = [captions.prepare(caption, f"file {os.fspath(ann_file)}") for caption in data.captions]
         self.image_paths = data.image_paths

@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mra.data.datasets import FinetuneDataset, PretrainDataset
+from mra.model.bert import longest_texts
 from mra.text.tokens import TextMaskingGenerator, mlm_batch, tokenize
+from tbps_common.datasets import ProcessedTrain
+from tbps_common.datasets.sda import SDA
 from tbps_common.run.batches import EpochBatches, ReplacedItems, SeededItems
 from tbps_common.run.distributed import Ranks
 from tbps_common.run.randomness import seed_worker
@@ -60,9 +63,21 @@ class TrainingItems(Dataset[dict[str, Tensor]]):
         return item
 
 
-def training_dataset(config: dict[str, Any]) -> PretrainDataset | FinetuneDataset:
-    """The training set that a configuration names."""
-    return PretrainDataset(config) if "train_file_regions" in config else FinetuneDataset(config)
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """A batch: the items' tensors stacked, and `lengths`, those of its longest texts (`Retrieval.forward`)."""
+    batch = default_collate(items)
+    masks = {"main": "text_atts", "eda": "text_atts_eda", "region": "text_atts_box"}
+    present = {view: batch[name] for view, name in masks.items() if name in batch}
+    return {**batch, "lengths": dict(zip(present, longest_texts(list(present.values()))))}
+
+
+def training_dataset(
+    config: dict[str, Any], data: SDA | ProcessedTrain | None = None
+) -> PretrainDataset | FinetuneDataset:
+    """The training set that a configuration names; `data` is its annotation, if that has been read already."""
+    if "train_file_regions" in config:
+        return PretrainDataset(config, data=data if isinstance(data, SDA) else None)
+    return FinetuneDataset(config, data=data if isinstance(data, ProcessedTrain) else None)
 
 
 def training_loader(
@@ -75,7 +90,7 @@ def training_loader(
     num_workers: int,
     pin_memory: bool,
     replaced: ReplacedItems | None = None,
-) -> tuple[DataLoader[dict[str, Tensor]], EpochBatches]:
+) -> tuple[DataLoader[Any], EpochBatches]:
     """The training batches of this process, and the sampler that decides where an iteration begins.
 
     What a batch holds depends on the seed, the epoch and its number alone: not on the workers, nor on a restart.
@@ -89,6 +104,7 @@ def training_loader(
     loader = DataLoader(
         SeededItems(TrainingItems(dataset, tokenizer, config), replaced),
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from mra.losses import contrastive_loss, draw_negatives, matching_loss, negative_weights
 from mra.model.bert import KeysValues, TextEncoder, image_mask, longest_texts, text_mask
 from mra.model.heads import matching_head, projection, thirds, thirds_inside
+from mra.model.hub import parts_of
 from mra.model.settings import ModelSettings
 from mra.model.swin import VisionEncoder
 from mra.model.weights import load_bert, load_official, load_swin
+from tbps_common.models.hub import HubModel, HubParts
 from tbps_common.run.checkpoint import load_checkpoint_file
 from tbps_common.run.distributed import gather_rows
 
@@ -34,7 +37,7 @@ _TIED_WEIGHT = "text_encoder.cls.predictions.decoder.weight"
 Negatives = tuple[Tensor, Tensor]
 
 
-class Retrieval(nn.Module):
+class Retrieval(nn.Module, HubModel):
     """The network of MRA. Attribute names, and so the state dict, are those of the released checkpoints.
 
     The image encoder gives tokens, the text encoder token embeddings; projections of both are compared directly (ITC),
@@ -47,7 +50,8 @@ class Retrieval(nn.Module):
             no file is read besides the two configurations and everything is random.
 
     Attributes:
-        settings: what was read from the configuration.
+        config: the configuration.
+        settings: what of it makes the network.
         init_params: official names of the parameters that learn with `lr_mult` times the rate.
         x_params: names of the projections.
 
@@ -58,6 +62,7 @@ class Retrieval(nn.Module):
     def __init__(self, config: Mapping[str, Any], init_backbones: bool = True):
         super().__init__()
         settings = self.settings = ModelSettings.from_config(config)
+        self.config = dict(config)
         self.temp = nn.Parameter(torch.tensor(settings.temp))
         self.vision_encoder = VisionEncoder(settings.vision)
         self.text_encoder = TextEncoder(settings.text, settings.vision.feature_width)
@@ -74,6 +79,17 @@ class Retrieval(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         self.init_params = _faster_names(names, settings)
         self.x_params = [name for name in names if name.startswith(("vision_proj.", "text_proj."))]
+
+    def hub_parts(self) -> HubParts:
+        """This model in the layout of the hub (`save_pretrained`, `push_to_hub`)."""
+        return parts_of(self.state_dict(), self.config, self.settings.text_encoder)
+
+    @classmethod
+    def from_hub(cls, folder: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> "Retrieval":
+        """The model of such a folder (`from_pretrained`)."""
+        model = cls({**config, "text_encoder": str(folder)}, init_backbones=False)
+        load_official(model, state, name=str(folder), strict=True)
+        return model
 
     def official_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in the released checkpoints and parameters; tied ones once, under their first name."""
@@ -224,6 +240,7 @@ class Retrieval(nn.Module):
         text_atts_box: Tensor | None = None,
         box_atts: Tensor | None = None,
         negatives: Mapping[str, Negatives] | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The losses of a training batch of B pairs.
 
@@ -242,6 +259,8 @@ class Retrieval(nn.Module):
             text_atts_box: `[B, T]`.
             box_atts: `[B, 1 + L]`: 0 for the tokens inside the box, 1 outside and for the first.
             negatives: branch (`main`, `eda`, `region`) to image for each text and text for each image, in place of draws.
+            lengths: branch to the length of its longest text (`longest_texts`); absent, it is asked of the device, which is
+                waited for.
 
         Returns:
             ITC (EDA included), ITM (EDA included), MLM, and region loss (0 if off), all scalars. The total is
@@ -258,8 +277,8 @@ class Retrieval(nn.Module):
             views["region"] = text_ids_box, text_atts_box
         if text_ids_eda is not None and text_atts_eda is not None:
             views["eda"] = text_ids_eda, text_atts_eda
-        # The only wait for the device, before there is work to wait for.
-        lengths = dict(zip(views, longest_texts([atts for _, atts in views.values()])))
+        if lengths is None:  # before there is work to wait for
+            lengths = dict(zip(views, longest_texts([atts for _, atts in views.values()])))
         image_embeds = self.vision_encoder(image)
         keys = self.text_encoder.image_keys(image_embeds)
         embeds = self._encode_together(views)

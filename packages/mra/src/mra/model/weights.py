@@ -18,7 +18,7 @@ _BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 _SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224_22k.pth"
 
 # Constants stored beside the weights: the model keeps its own, and a checkpoint may lack them.
-_CONSTANTS = ("relative_position_index", "attn_mask", "position_ids")
+CONSTANTS = ("relative_position_index", "attn_mask", "position_ids")
 _PROJECTIONS = ("vision_proj.", "text_proj.")
 _TABLE = "relative_position_bias_table"
 _PRETRAINED_WINDOW = 7
@@ -35,8 +35,8 @@ def load_swin(encoder: nn.Module, path: str) -> None:
         raise CheckpointError(f"The Swin start weights {path} do not exist: download {_SWIN_URL} there.")
     state, _ = find_state_dict(load_checkpoint_file(path), source=path)
     state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-    state = {key: tensor for key, tensor in state.items() if not key.endswith(_CONSTANTS)}
-    load_state_dict_strictly(encoder, state, source=path, may_be_missing=lambda key: key.endswith(_CONSTANTS))
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(CONSTANTS)}
+    load_state_dict_strictly(encoder, state, source=path, may_be_missing=lambda key: key.endswith(CONSTANTS))
 
 
 def find_bert(folder: str) -> Path:
@@ -61,25 +61,26 @@ def load_bert(encoder: nn.Module, folder: str) -> None:
         InputError: there is no weights file, or it does not fit `text_config`.
     """
     path = find_bert(folder)
-    state, _ = find_state_dict(load_checkpoint_file(path), source=str(path))
-    state = {_current_name(key): tensor for key, tensor in state.items()}
+    state = start_names_of_bert(find_state_dict(load_checkpoint_file(path), source=str(path))[0])
     wanted = encoder.state_dict()
-    state = {key: tensor for key, tensor in state.items() if not _is_superfluous(key)}
     _check_size(state, wanted, path)
-    load_state_dict_strictly(encoder, state, source=str(path), may_be_missing=_is_new)
+    load_state_dict_strictly(encoder, state, source=str(path), may_be_missing=is_new_in_bert)
 
 
-def _current_name(key: str) -> str:
-    # The oldest files have TensorFlow's names of LayerNorm.
-    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
+def start_names_of_bert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a BERT file the text encoder takes, under today's names (the oldest files have TensorFlow's of LayerNorm)."""
+    current = {
+        re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key)): tensor for key, tensor in state.items()
+    }
+    return {key: tensor for key, tensor in current.items() if not _is_superfluous(key)}
 
 
 def _is_superfluous(key: str) -> bool:
     return key.startswith(("bert.pooler.", "cls.seq_relationship.")) or key == "bert.embeddings.position_ids"
 
 
-def _is_new(key: str) -> bool:
-    # The decoder is tied, so files need not hold it.
+def is_new_in_bert(key: str) -> bool:
+    """Whether a BERT file may lack a weight of the text encoder: the cross-attention, and the decoder, which is tied."""
     return ".crossattention." in key or key.startswith("cls.predictions.decoder.") or key.endswith("position_ids")
 
 
@@ -118,11 +119,11 @@ def load_official(
         CheckpointError: names or shapes do not fit; the model has not changed then.
     """
     state, _ = find_state_dict(content, source=name)
-    state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in _CONSTANTS}
+    state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in CONSTANTS}
     if window not in (None, _PRETRAINED_WINDOW):
         state = _resample_tables(state, window)
 
-    own = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[2] not in _CONSTANTS}
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[2] not in CONSTANTS}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     misshapen = [

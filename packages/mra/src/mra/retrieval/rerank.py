@@ -116,7 +116,7 @@ class Matcher:
         self._lengths = (place * (atts != 0)).amax(dim=1).clamp(min=1)
         # Masks are needed only where a caption is shorter than its batch, or has gaps.
         self._gapless = bool((atts.sum(dim=1) == self._lengths).all())
-        self._mask = text_mask(text_atts.to(self._device))
+        self._mask = text_mask(text_atts.to(self._device, non_blocking=True))
         longest = int(self._lengths.max())
         self._mask = self._mask[..., :longest]
         self._attended = self._self_attention(text_embeds[:, :longest])
@@ -127,7 +127,7 @@ class Matcher:
         attention, parts = self._layers[0].attention, []
         step = max(1, self._tokens // text_embeds.shape[1])
         for hidden, mask in zip(text_embeds.split(step), self._mask.split(step)):
-            hidden = hidden.to(self._device)
+            hidden = hidden.to(self._device, non_blocking=True)
             parts.append(attention(hidden, attention.self.keys_values(hidden), mask))
         return torch.cat(parts)
 
@@ -145,7 +145,7 @@ class Matcher:
         """
         keys = [
             KeysValues(*(part.contiguous() for part in image))
-            for image in self._model.text_encoder.image_keys(image_embeds.to(self._device))
+            for image in self._model.text_encoder.image_keys(image_embeds.to(self._device, non_blocking=True))
         ]
         result = torch.empty(len(images), device=self._device)
         for part in self._batches(queries):
@@ -155,7 +155,7 @@ class Matcher:
     def _in_memory(self, part: Tensor, judge: Callable[[Tensor], Tensor], result: Tensor) -> None:
         """Judge a batch; where memory runs out, in halves."""
         try:
-            result[part.to(self._device)] = judge(part)
+            result[part.to(self._device, non_blocking=True)] = judge(part)
             return
         except Exception as error:
             if len(part) == 1 or not is_out_of_memory(error):
@@ -177,10 +177,10 @@ class Matcher:
     def _judge(self, keys: list[KeysValues], images: Tensor, queries: Tensor) -> Tensor:
         lengths = self._lengths[queries]
         longest = int(lengths.max())
-        rows = queries.to(self._device)
+        rows = queries.to(self._device, non_blocking=True)
         padded = not self._gapless or int(lengths.min()) < longest
         mask = self._mask[..., :longest][rows] if padded else None
-        image_rows = images.to(self._device)
+        image_rows = images.to(self._device, non_blocking=True)
         first_token = torch.zeros((len(rows), 1), dtype=torch.long, device=self._device)
         last = len(self._layers) - 1
         hidden = self._attended[:, : longest if last else 1][rows]

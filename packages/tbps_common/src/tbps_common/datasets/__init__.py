@@ -14,7 +14,7 @@ from tbps_common.datasets.json_records import Folder, Record, iter_records, read
 from tbps_common.datasets.mals import load_mals
 from tbps_common.datasets.raw import CUHKPEDES, DATASETS, ICFGPEDES, RSTPReid
 from tbps_common.datasets.sda import load_sda
-from tbps_common.datasets.syncpr import SynCPRRecord, load_syncpr
+from tbps_common.datasets.syncpr import SynCPRRecord, SynCPRRecords, load_syncpr
 from tbps_common.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "RSTPReid",
     "Record",
     "SynCPRRecord",
+    "SynCPRRecords",
     "iter_records",
     "load_chatpedes",
     "load_mals",

@@ -180,8 +180,8 @@ def _sda(root: Path) -> Inventory:
     data = load_sda(_shards(folder, SDA_SHARDS, inventory), image_root)
     regions = sum(len(record.boxes) for record in data.records)
     inventory.sizes["train"] = (len(data.records), data.n_images, regions, data.n_labels - data.n_images)
-    inventory.captions = [record.caption for record in data.records]
-    inventory.add_images([record.image_path for record in data.records], image_root)
+    inventory.captions = list(data.records.captions)
+    inventory.add_images(data.records.image_paths, image_root)
     inventory.counts["pairs without region"] = sum(not record.boxes for record in data.records)
     inventory.counts["regions without area"] = sum(
         width <= 0 or height <= 0 for record in data.records for _, _, width, height in record.boxes
@@ -193,11 +193,10 @@ def _syncpr(root: Path) -> Inventory:
     folder = _folder_with(root, "SynCPR", "SynCPR.json")
     triplets = load_syncpr(folder)
     inventory = Inventory(("triplets", "groups", "images"))
-    for triplet in triplets:
-        inventory.add_images([triplet.reference_image_path, triplet.target_image_path], folder)
-    groups = {triplet.cpr_id for triplet in triplets}
-    inventory.sizes["train"] = (len(triplets), len(groups), len(inventory.images))
-    inventory.captions = [triplet.edit_caption for triplet in triplets]
+    inventory.add_images(triplets.reference_image_paths, folder)
+    inventory.add_images(triplets.target_image_paths, folder)
+    inventory.sizes["train"] = (len(triplets), len(set(triplets.cpr_ids)), len(inventory.images))
+    inventory.captions = list(triplets.edit_captions)
     return inventory
 
 
@@ -251,9 +250,9 @@ def _mals(root: Path) -> Inventory:
     folder = _folder_with(root, "MALS", "gene_attrs")
     inventory = Inventory(("pairs", "image ids"))
     records = load_mals(_shards(folder / "gene_attrs", MALS_SHARDS, inventory), folder)
-    inventory.sizes["train"] = (len(records), len({record.label for record in records}))
-    inventory.captions = [record.caption for record in records]
-    inventory.add_images([record.image_path for record in records], folder)
+    inventory.sizes["train"] = (len(records), len(set(records.labels)))
+    inventory.captions = list(records.captions)
+    inventory.add_images(records.image_paths, folder)
     return inventory
 
 

@@ -6,12 +6,18 @@ A stored file name is joined to a `Folder` that it must not leave.
 import gc
 import json
 import logging
+import math
 import os
 import posixpath
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
+from typing import Any, BinaryIO, NoReturn
+
+import orjson
 
 from tbps_common.errors import DatasetError
 
@@ -21,10 +27,14 @@ Files = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 Identity = int | str
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "a boolean"}
+_PART = 1 << 23  # bytes of a file that are parsed at a time
 _INT64 = range(-(2**63), 2**63)
 _ABSENT = object()
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ODD_ENDS = re.compile("\n[^A-Za-z0-9]|/\n")  # of names on a line each
 _DRIVE = re.compile("[A-Za-z]:")
+# A key ends in `":`. In a string, a quotation mark comes after a back-slash.
+_NOT_AFTER_A_KEY = re.compile(rb':(?<![^\\]":)')
 _skip_space: Callable[[str, int], Any] = re.compile(r"[ \t\n\r]*").match
 
 
@@ -61,8 +71,64 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise _bad_json(path, text, error) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive objects of an annotation file; `first` is the number of the first one.
+
+    What `Record` reads of one object, a block reads of all, with the same checks and messages.
+    """
+
+    fields: list[dict[str, Any]]
+    file: str
+    first: int
+
+    def records(self) -> Iterator["Record"]:
+        return (Record(fields, self.file, number) for number, fields in enumerate(self.fields, self.first))
+
+    def texts(self, key: str) -> list[str]:
+        values, types = self._column(key)
+        if types == {str} and all(map(str.isascii, values)):
+            return values
+        return [record.text(key) for record in self.records()]
+
+    def optional_texts(self, key: str) -> list[str | None]:
+        values, types = self._column(key)
+        if types == {type(None)}:
+            return values
+        return [record.optional_text(key) for record in self.records()] if types != {str} else [*self.texts(key)]
+
+    def identities(self, key: str) -> list[Identity]:
+        values, types = self._column(key)
+        return values if types <= {int, str} else [record.identity(key) for record in self.records()]
+
+    def integers(self, key: str) -> list[int]:
+        values, types = self._column(key)
+        if types == {int} and min(values) in _INT64 and max(values) in _INT64:
+            return values
+        return [record.integer(key) for record in self.records()]
+
+    def paths(self, key: str, folder: "Folder") -> list[str]:
+        names, types = self._column(key)
+        joined = folder.join_plain(names) if types == {str} else None
+        return [record.path(key, folder) for record in self.records()] if joined is None else joined
+
+    def _column(self, key: str) -> tuple[list[Any], set[type]]:
+        """The value of every object, and the types that occur; an absent value counts as None."""
+        try:
+            values = list(map(itemgetter(key), self.fields))
+        except KeyError:
+            values = [fields.get(key) for fields in self.fields]
+        return values, set(map(type, values))
+
+
 def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iterator["Record"]:
-    """Yield the objects of a JSON list one by one, so that a list of a million records is never held as a whole.
+    """Yield the objects of a JSON list one by one; arguments and errors as for `iter_blocks`."""
+    for block in iter_blocks(path, texts):
+        yield from block.records()
+
+
+def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Iterator[Block]:
+    """Yield the objects of a JSON list, some thousand at a time, so that a million of them are never held as a whole.
 
     Cyclic garbage collection is paused meanwhile: it would walk all that was read so far again and again.
 
@@ -73,26 +139,112 @@ def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iter
     Raises:
         DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
     """
-    text = _read_text(path)
-    file = os.fspath(path)
-    number = empty = 0
+    file, number, place, empty = os.fspath(path), 0, 0, 0
     collecting = gc.isenabled()
     gc.disable()
     try:
-        position = _skip_space(text, 0).end()
-        if text[position] != "[":
-            value = _DECODER.decode(text)
-            raise DatasetError(f"{file} holds {_kind(value)} at the top; a list of objects is needed.")
+        with _open(path) as stream:
+            for records, after in _read_quickly(stream):
+                yield Block(records, file, number)
+                number, place = number + len(records), after
+                empty += _count_empty(records, texts)
+        if place >= 0:
+            for record in _read_carefully(path, place, number):
+                yield Block([record], file, number)
+                number += 1
+                empty += _count_empty([record], texts)
+        if empty:
+            logger.warning("%s: %d empty captions", file, empty)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _count_empty(records: list[dict[str, Any]], texts: str | None) -> int:
+    if texts is None:
+        return 0
+    values = [record[texts] for record in records]
+    if values and type(values[0]) is list:
+        values = list(chain.from_iterable(values))
+    return len(values) - sum(map(bool, map(str.strip, values)))
+
+
+def _read_quickly(stream: BinaryIO) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Yield objects of a JSON list, some MB of the file at a time, each time with the place in the file after them.
+
+    The place after the last is -1. Ends early at what is not plainly right: `_read_carefully` goes on from that place.
+    A part of the file is cut off behind a `}` before a comma, wherever that stands. If it stands within a string or an object,
+    the part is not valid JSON; so what can be read has been cut between two objects.
+    """
+    data = stream.read(_PART)
+    rest = data.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\n\r")
+    place = len(data) - len(rest) + 1
+    if not rest.startswith(b"["):
+        return
+    rest, beginning = rest[1:], True
+    while True:
+        more = stream.read(_PART)
+        data = rest + more
+        end = data.rfind(b"},") + 1 if more else len(data)
+        records = _objects(b"[" + (data[:end] + b"]" if more else data)) if end else None
+        if records is None or (not records and not beginning):  # a comma before the end of the list
+            return
+        place += end + 1
+        yield records, place if more else -1
+        if not more:
+            return
+        rest, beginning = data[end + 1 :], False
+
+
+def _objects(text: bytes) -> list[dict[str, Any]] | None:
+    """The objects of a JSON list; `None` if it is not strict JSON, or not a list of objects."""
+    try:
+        records = orjson.loads(text)
+        if set(map(type, records)) - {dict}:
+            return None
+        # Of a key that is given twice, this parser keeps the last value.
+        return records if _count_keys(text) == sum(map(len, records)) else _DECODER.decode(str(text, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _count_keys(text: bytes) -> int:
+    """Keys in all objects of a JSON text, nested ones too; -1 if it takes a parser to tell."""
+    colons = text.count(b":")
+    for match in _NOT_AFTER_A_KEY.finditer(text):
+        place = match.start()
+        if text[place - 1] in b" \t\n\r" or text[place - 3 : place] == b'\\\\"':
+            return -1  # either could also come after a key
+        colons -= 1
+    return colons
+
+
+def _read_carefully(path: str | os.PathLike[str], place: int, number: int) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON list one by one.
+
+    Args:
+        path: of the file.
+        place: byte to begin with; 0 is the beginning of the file, and what comes before any other is right.
+        number: of the objects before it.
+    """
+    text = _read_text(path)
+    file, first = os.fspath(path), place == 0
+    try:
+        if first:
+            position = _skip_space(text, 0).end()
+            if text[position] != "[":
+                value = _DECODER.decode(text)
+                raise DatasetError(f"{file} holds {_kind(value)} at the top; a list of objects is needed.")
+        else:
+            with _open(path) as stream:
+                position = len(str(stream.read(place - 1), "utf-8-sig"))
         position = _skip_space(text, position + 1).end()
-        more = text[position] != "]"
+        more = not first or text[position] != "]"
         while more:
             fields, position = _DECODER.raw_decode(text, position)
             if type(fields) is not dict:
                 raise DatasetError(f"{file}: record {number} (counted from 0) is {_kind(fields)}, not an object.")
-            yield Record(fields, file, number)
-            if texts:
-                values = fields[texts]
-                empty += sum(not text.strip() for text in ([values] if type(values) is str else values))
+            yield fields
             number += 1
             position = _skip_space(text, position).end()
             more = text[position] == ","
@@ -103,8 +255,6 @@ def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iter
         position = _skip_space(text, position + 1).end()
         if position != len(text):
             raise json.JSONDecodeError("Extra data", text, position)
-        if empty:
-            logger.warning("%s: %d empty captions", file, empty)
     except IndexError as error:
         cut = json.JSONDecodeError("Unexpected end of file", text, len(text))
         raise _bad_json(path, text, cut, number) from error
@@ -112,9 +262,6 @@ def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iter
         raise
     except (ValueError, RecursionError) as error:
         raise _bad_json(path, text, error, number) from error
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def as_list(files: Files) -> list[str]:
@@ -163,6 +310,15 @@ class Folder:
             return "climbs out of the folder"
         return None
 
+    def join_plain(self, names: list[str]) -> list[str] | None:
+        """`folder/name` of every name; `None` if one of them is not plain enough to see at once that it stays inside."""
+        text = "\n".join(names)
+        if not text.isascii() or any(odd in text for odd in ("..", "\\", ":", "\0")):
+            return None
+        if text.count("\n") >= max(1, len(names)) or _ODD_ENDS.search(f"\n{text}\n"):
+            return None
+        return [self._prefix + name for name in names]
+
     def join(self, name: str) -> str:
         """`folder/name`; a name that goes up and down inside the folder is normalised. Ask `problem` first."""
         if "\\" in name:
@@ -170,6 +326,13 @@ class Folder:
         if ".." in name:
             name = posixpath.normpath(name)
         return self._prefix + name
+
+
+def number_on(values: list[Any], number_of: dict[Any, int]) -> list[int]:
+    """The numbers of values; those that have none yet get the next ones, in order of first appearance."""
+    new = [value for value in dict.fromkeys(values) if value not in number_of]
+    number_of.update(zip(new, range(len(number_of), len(number_of) + len(new))))
+    return list(map(number_of.__getitem__, values))
 
 
 class Record:
@@ -187,7 +350,8 @@ class Record:
         value = self.fields.get(key, _ABSENT)
         if type(value) is not str:
             self._wrong(key, value, "a string")
-        self.check_characters(key, value)
+        if not value.isascii():
+            self.check_characters(key, value)
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -199,7 +363,8 @@ class Record:
         for item in value:
             if type(item) is not str:
                 self._wrong(key, value, "a list of strings", f"a list with {_kind(item)}")
-            self.check_characters(key, item)
+            if not item.isascii():
+                self.check_characters(key, item)
         return value
 
     def sequence(self, key: str, wanted: str = "a list") -> list[Any]:
@@ -218,6 +383,9 @@ class Record:
     def boxes(self, key: str) -> list[list[float]]:
         """A list of four-number lists."""
         value = self.sequence(key, "a list of boxes")
+        if set(map(type, value)) == {list} and set(map(len, value)) == {4}:
+            if _all_finite(list(chain.from_iterable(value))):
+                return value
         for box in value:
             if type(box) is not list or len(box) != 4 or not _all_finite(box):
                 self._wrong(
@@ -255,11 +423,10 @@ class Record:
 
     def check_characters(self, key: str, value: str) -> None:
         """Refuse a string with a lone surrogate, which JSON escapes can smuggle in."""
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise self.error(key, f"holds half of a surrogate pair at character {error.start}") from error
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(key, f"holds half of a surrogate pair at character {error.start}") from error
 
     def error(self, key: str, problem: str) -> DatasetError:
         return DatasetError(f"{self.file}: record {self.number} (counted from 0): the key {key!r} {problem}.")
@@ -271,6 +438,8 @@ class Record:
 
 
 def _all_finite(values: list[Any]) -> bool:
+    if set(map(type, values)) == {float} and math.isfinite(sum(values)):
+        return True  # the common case
     for value in values:
         if type(value) is float:
             if value - value != 0.0:  # inf (from 1e999, say) and NaN
@@ -284,19 +453,24 @@ def _kind(value: Any) -> str:
     return "null" if value is None else _KINDS[type(value)]
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def _open(path: str | os.PathLike[str]) -> BinaryIO:
     name = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would block for ever
             raise DatasetError(f"{name} is a folder or a device, not a JSON file; give the annotation file itself.")
-        with open(path, "rb") as file:
-            data = file.read()
+        return open(path, "rb")
     except FileNotFoundError as error:
         raise DatasetError(f"The annotation file {name} does not exist; check the path and the data folder.") from error
     except OSError as error:
         raise DatasetError(f"The annotation file {name} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:  # a NUL in the path
         raise DatasetError(f"The annotation file {name!r} cannot be opened: {error}.") from error
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    with _open(path) as file:
+        data = file.read()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
         raise DatasetError(f"{name} is not UTF-8 (it looks like UTF-16 or UTF-32); save it again as UTF-8.")
     try:

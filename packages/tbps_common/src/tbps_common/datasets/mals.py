@@ -3,7 +3,8 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_records
+from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_blocks, number_on
+from tbps_common.packed import Packed, PackedNumbers, PackedStrings
 
 # The 91 shards in the order DiaNA's configuration lists them.
 SHARDS = (
@@ -24,17 +25,31 @@ class MALSRecord:
     caption: str
 
 
-def load_mals(files: Files, image_root: str | os.PathLike[str]) -> list[MALSRecord]:
+class MALSRecords(Packed[MALSRecord]):
+    """A list of `MALSRecord`, stored as the columns `image_paths`, `labels` and `captions`."""
+
+    def __init__(self) -> None:
+        self.image_paths, self.labels, self.captions = PackedStrings(), PackedNumbers("i"), PackedStrings()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def item(self, place: int) -> MALSRecord:
+        return MALSRecord(self.image_paths[place], self.labels[place], self.captions[place])
+
+
+def load_mals(files: Files, image_root: str | os.PathLike[str]) -> MALSRecords:
     """Read MALS shards, one after the other; labels number the distinct `image_id` by first appearance over all.
 
     Raises:
         DatasetError: a file or record cannot be used.
     """
     folder = Folder(image_root)
-    records: list[MALSRecord] = []
+    records = MALSRecords()
     label_of: dict[Identity, int] = {}
     for file in as_list(files):
-        for record in iter_records(file, "caption"):
-            label = label_of.setdefault(record.identity("image_id"), len(label_of))
-            records.append(MALSRecord(record.path("image", folder), label, record.text("caption")))
+        for block in iter_blocks(file, "caption"):
+            records.labels.extend(number_on(block.identities("image_id"), label_of))
+            records.image_paths.extend(block.paths("image", folder))
+            records.captions.extend(block.texts("caption"))
     return records

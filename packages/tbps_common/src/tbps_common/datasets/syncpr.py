@@ -1,10 +1,10 @@
 """SynCPR, FAFA's synthetic training set: a reference image, an edit caption and the target image."""
 
 import os
-import sys
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Folder, iter_records
+from tbps_common.datasets.json_records import Folder, iter_blocks, number_on
+from tbps_common.packed import Packed, PackedNumbers, PackedStrings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,50 @@ class SynCPRRecord:
     target_caption: str | None
 
 
-def load_syncpr(root: str | os.PathLike[str], json_path: str | os.PathLike[str] = "SynCPR.json") -> list[SynCPRRecord]:
+class SynCPRRecords(Packed[SynCPRRecord]):
+    """A list of `SynCPRRecord`, stored in columns.
+
+    Attributes:
+        reference_image_paths, target_image_paths, edit_captions, cpr_ids: of every triplet.
+    """
+
+    def __init__(self) -> None:
+        self.reference_image_paths, self.target_image_paths = PackedStrings(), PackedStrings()
+        self.edit_captions, self.cpr_ids = PackedStrings(), PackedNumbers("q")
+        # An image takes part in several triplets, and with it its caption, which is stored once. Places in `_captions` are
+        # counted from 1; 0 for none.
+        self._captions = PackedStrings()
+        self._reference_captions, self._target_captions = PackedNumbers("i"), PackedNumbers("i")
+
+    def __len__(self) -> int:
+        return len(self.cpr_ids)
+
+    def item(self, place: int) -> SynCPRRecord:
+        numbers = self._reference_captions[place], self._target_captions[place]
+        reference_caption, target_caption = (self._captions[number - 1] if number else None for number in numbers)
+        return SynCPRRecord(
+            reference_image_path=self.reference_image_paths[place],
+            target_image_path=self.target_image_paths[place],
+            edit_caption=self.edit_captions[place],
+            cpr_id=self.cpr_ids[place],
+            reference_caption=reference_caption,
+            target_caption=target_caption,
+        )
+
+    def read(self, file: str, folder: Folder) -> None:
+        """Add the records of a file."""
+        number_of: dict[str | None, int] = {None: 0}
+        for block in iter_blocks(file, "edit_caption"):
+            self.reference_image_paths.extend(block.paths("reference_image_path", folder))
+            self.target_image_paths.extend(block.paths("target_image_path", folder))
+            self._reference_captions.extend(number_on(block.optional_texts("reference_caption"), number_of))
+            self._target_captions.extend(number_on(block.optional_texts("target_caption"), number_of))
+            self.edit_captions.extend(block.texts("edit_caption"))
+            self.cpr_ids.extend(block.integers("cpr_id"))
+        self._captions.extend(caption for caption in number_of if caption is not None)
+
+
+def load_syncpr(root: str | os.PathLike[str], json_path: str | os.PathLike[str] = "SynCPR.json") -> SynCPRRecords:
     """Read the triplets.
 
     Args:
@@ -29,21 +72,6 @@ def load_syncpr(root: str | os.PathLike[str], json_path: str | os.PathLike[str] 
     Raises:
         DatasetError: the file or a record cannot be used.
     """
-    folder = Folder(root)
-    file = os.path.join(os.fspath(root), os.fspath(json_path))
-    records = []
-    for record in iter_records(file, "edit_caption"):
-        # Every image takes part in several triplets, and with it its path and caption.
-        reference_caption = record.optional_text("reference_caption")
-        target_caption = record.optional_text("target_caption")
-        records.append(
-            SynCPRRecord(
-                reference_image_path=sys.intern(record.path("reference_image_path", folder)),
-                target_image_path=sys.intern(record.path("target_image_path", folder)),
-                edit_caption=record.text("edit_caption"),
-                cpr_id=record.integer("cpr_id"),
-                reference_caption=reference_caption and sys.intern(reference_caption),
-                target_caption=target_caption and sys.intern(target_caption),
-            )
-        )
+    records = SynCPRRecords()
+    records.read(os.path.join(os.fspath(root), os.fspath(json_path)), Folder(root))
     return records

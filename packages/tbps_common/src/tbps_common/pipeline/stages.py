@@ -27,6 +27,7 @@ from tbps_common.errors import DatasetError, InputError
 from tbps_common.files import write_json
 from tbps_common.pipeline.client import ServerRefusal
 from tbps_common.pipeline.journal import Journal, Record, read_json_lines
+from tbps_common.run.arguments import number, whole_number
 from tbps_common.run.progress import progress_bar
 
 KINDS = ("dropped", "rejected", "failed")
@@ -65,6 +66,26 @@ def shard(text: str) -> Shard:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 <= i <= n, such as 2/8")
     return Shard(int(found[1]), int(found[2]))
+
+
+def add_shard_flags(parser: Any) -> None:
+    """`--shard`, and `--ray` with what belongs to it (`tbps_common.pipeline.ray`)."""
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=Shard(),
+        metavar="I/N",
+        help="process every N-th item from the I-th, for N GPUs or machines",
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", default="", help="run all shards on a Ray cluster: its address, auto, or local"
+    )
+    parser.add_argument(
+        "--ray-shards", "--ray_shards", type=whole_number(1), metavar="N", help="shards; None: one for each GPU, or CPU"
+    )
+    parser.add_argument(
+        "--ray-gpus", "--ray_gpus", type=number(0), metavar="G", help="GPUs of a shard; None: 1, or 0 without any"
+    )
 
 
 @dataclass(frozen=True)
@@ -446,8 +467,8 @@ def _read_finished(path: Path) -> tuple[list[Record], Record | None]:
     if not finished:
         raise DatasetError(f"{path} is not finished; run the stage that writes it again; it continues where it stopped")
     records = []
-    for number, line in read_json_lines(path):
+    for place, line in read_json_lines(path):
         if isinstance(line, str):
-            raise DatasetError(f"{path}, line {number + 1}: {line}")
+            raise DatasetError(f"{path}, line {place + 1}: {line}")
         records.append(line)
     return records, settings

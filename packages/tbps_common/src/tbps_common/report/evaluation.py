@@ -10,6 +10,9 @@
       "checkpoint": "logs/.../best.pth",          or null
       "fingerprint": "<64 hexadecimal digits>",   of weights and settings, or null
       "cmc": {"t2i": [73.4, 80.1, ...]},          R@1, R@2, ..., or null
+      "published": [{"task": "t2i", "source": "...", "weights": "...", "protocol": "...",
+                     "metrics": {"R1": {"published": 73.38, "difference": 0.02, "queries": 1}}}],
+                                                  rows of published tables for this data set and size, or null
       "seconds": 12.5,                            wall time of the evaluation, or null
       "environment": {"python": "3.12.3", "torch": "2.9.0", "platform": "Linux-x86_64", "device": "cpu"}
     }
@@ -29,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from tbps_common.errors import InputError
 from tbps_common.files import write_json
+from tbps_common.report.published import PublishedRow, compare_with_published
 
 if TYPE_CHECKING:
     from tbps_common.ranking import RetrievalResult
@@ -52,6 +56,7 @@ def write_evaluation(
     checkpoint: str | os.PathLike[str] | None = None,
     fingerprint: str | None = None,
     cmc: Mapping[str, Sequence[float]] | None = None,
+    published: Sequence[PublishedRow] = (),
     seconds: float | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +73,7 @@ def write_evaluation(
         checkpoint: path of the evaluated file, as the user gave it.
         fingerprint: `tbps_common.run.checkpoint.fingerprint` of the model.
         cmc: task -> R@1, R@2, ... in percent.
+        published: all rows of the package; those that belong to this data set and size are compared.
         seconds: wall time of the evaluation.
         device: where it ran; by default the GPU's name if CUDA is in use, else `cpu`.
 
@@ -78,6 +84,7 @@ def write_evaluation(
         ValueError: a field does not fit the schema (NaN metrics, percentages out of range, missing counts).
         TypeError: a setting is nothing JSON can hold.
     """
+    compared = compare_with_published(published, dataset=dataset, split=split, metrics=metrics, counts=counts)
     document = {
         "schema": SCHEMA,
         "package": package,
@@ -89,6 +96,7 @@ def write_evaluation(
         "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
         "fingerprint": fingerprint,
         "cmc": None if cmc is None else {task: [float(value) for value in curve] for task, curve in cmc.items()},
+        "published": compared or None,
         "seconds": None if seconds is None else float(seconds),
         "environment": _environment(device),
     }
@@ -179,6 +187,8 @@ def _check(document: Any, where: str) -> None:
     require(seconds is None or _number_up_to(seconds, math.inf), "seconds", "a number or null")
     curves = document.get("cmc")
     require(curves is None or isinstance(curves, dict), "cmc", "an object with one list per task, or null")
+    published = document.get("published")
+    require(published is None or isinstance(published, list), "published", "a list of rows, or null")
     for task, curve in (curves or {}).items():
         fits = isinstance(curve, list) and all(_number_up_to(value, _PERCENT_LIMIT) for value in curve)
         require(fits, f"cmc.{task}", "a list of percentages")

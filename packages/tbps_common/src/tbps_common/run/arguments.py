@@ -48,6 +48,18 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
+def add_require_published_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--require_published 0.2`, for `tbps_common.report.published.published_report`."""
+    parser.add_argument(
+        "--require_published",
+        "--require-published",
+        type=number(0),
+        metavar="PERCENT",
+        help="exit with status 1 if the result differs by more than this from the published one (in percent of R@k and mAP), "
+        "or if nothing is published for a test set of this name and size",
+    )
+
+
 def add_bad_images_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """`--bad_images stop | skip`, for `tbps_common.run.batches.replaced_items`."""
     parser.add_argument(

@@ -6,8 +6,8 @@ batches before it, and a run on N processes sees in every step the items that on
 would see.
 """
 
+import gc
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from tbps_common.errors import DatasetError, ImageError, InputError
+from tbps_common.run.command import usable_processors
 from tbps_common.run.distributed import gather_objects
 
 logger = logging.getLogger(__name__)
@@ -234,13 +235,21 @@ class SeededItems(Dataset[Any]):
             torch.set_rng_state(before[2])
 
 
+def freeze_memory() -> None:
+    """Take what exists now out of garbage collection, before loader processes are forked.
+
+    A collection writes to every object that it walks over, and so copies the memory that processes share.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def usable_workers(requested: int) -> int:
     """Loader processes to start: as many as asked for, but not more than this process may use processors.
 
     More of them only get in each other's way; a line in the log says how many there are instead.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    processors = usable_processors()
     if requested > processors:
         logger.info(
             "starting %d processes that load data instead of %d: there are no more processors", processors, requested

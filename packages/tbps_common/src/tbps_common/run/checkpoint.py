@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
 from tbps_common.errors import CheckpointError
 from tbps_common.files import atomic_path
+from tbps_common.models.source import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder
 
 TRUST_FLAG = "--trust-checkpoint"
 
@@ -76,7 +77,8 @@ def load_checkpoint_file(path: str | os.PathLike[str], *, trust: bool = False, m
     """Read a checkpoint onto the CPU without running code from it.
 
     Args:
-        path: a `.safetensors` file (gives a dict of tensors), or a file written by `torch.save`.
+        path: a `.safetensors` file (gives a dict of tensors), a file written by `torch.save`, or a folder in the layout of the
+            hub with `config.json` and `model.safetensors` (gives `{"model": tensors, "config": content}`).
         trust: unpickle without any restriction (the flag `--trust-checkpoint`). The file can then run any code; this is
             the only place of the project that allows it, and only for a file the user vouches for.
         mmap: leave the tensors in the file until they are read. Saves memory when only a part is wanted (the weights
@@ -90,11 +92,17 @@ def load_checkpoint_file(path: str | os.PathLike[str], *, trust: bool = False, m
         CheckpointError: the file is absent, empty, damaged, or asks for a global that is not on the closed list.
     """
     file = Path(path)
+    if is_hub_folder(file):
+        return {"model": load_checkpoint_file(file / HUB_WEIGHTS, mmap=mmap), "config": _read_config(file / HUB_CONFIG)}
     start = _first_bytes(file)
     if file.suffix == ".safetensors":
         try:
             mapped = load_safetensors(file)
-            return mapped if mmap else {name: tensor.clone() for name, tensor in mapped.items()}
+            state = mapped if mmap else {name: tensor.clone() for name, tensor in mapped.items()}
+            with safe_open(file, "pt") as opened:
+                # Of tensors that are one, safetensors stores the first, and the names of the others as remarks.
+                twins = opened.metadata() or {}
+            return state | {name: state[twin] for name, twin in twins.items() if name not in state and twin in state}
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{file} is not a readable safetensors file ({_first_line(error)}); {_FETCH}."
@@ -105,6 +113,16 @@ def load_checkpoint_file(path: str | os.PathLike[str], *, trust: bool = False, m
     elif start == b"PK\x03\x04":
         raise CheckpointError(f"{file} is cut off (its table of contents is missing); {_FETCH}.")
     return _unpickle(file, trust, mmap and is_archive)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({_first_line(error)}); {_FETCH}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold one JSON object; {_FETCH}.")
+    return content
 
 
 def _first_bytes(file: Path) -> bytes:
@@ -284,7 +302,9 @@ def find_state_dict(obj: Any, *, source: str = "the checkpoint") -> tuple[dict[s
     """
     rest: dict[str, Any] = {}
     entries = obj
-    while isinstance(entries, Mapping):
+    opened: set[int] = set()
+    while isinstance(entries, Mapping) and id(entries) not in opened:  # a pickled mapping can hold itself
+        opened.add(id(entries))
         inner = next((key for key in _CONTAINER_KEYS if isinstance(entries.get(key), Mapping)), None)
         if inner is None:
             break

@@ -70,6 +70,12 @@ def share_processors() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def usable_processors() -> int:
+    """How many processors this process may use: those of its affinity, where the system has one."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def _report(error: BaseException, status: int, show_traceback: bool, sentence: str | None = None) -> int:
     if show_traceback:
         traceback.print_exception(error)

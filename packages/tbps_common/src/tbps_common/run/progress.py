@@ -1,9 +1,36 @@
 """How far long work is: a bar on a terminal; in a log file or a cluster's job, a line now and then."""
 
+import io
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+Watcher = Callable[[int, int], None]
+_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """In this context progress bars are not drawn; `watcher(done, total)` is called instead, wherever one would be."""
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+class _Watched(tqdm):  # type: ignore[type-arg]
+    """A bar that is told instead of drawn."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        watcher = _WATCHER.get()
+        if watcher is not None:
+            watcher(int(self.n), int(self.total))
+        return True
 
 
 class _Lines:
@@ -34,6 +61,8 @@ def progress_bar(
         enabled: False on all processes but the main one.
     """
     shown: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": desc, "disable": not enabled}
+    if _WATCHER.get() is not None:
+        return _Watched(**shown, file=io.StringIO(), mininterval=0, miniters=1)
     if sys.stderr.isatty():
         return tqdm(**shown, dynamic_ncols=True)
     # ncols=0: numbers without a bar. Work of less than a minute says nothing.

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from tbps_common.run.batches import freeze_memory
 from tbps_common.run.device import choose_device
 from tbps_common.run.distributed import Ranks, process_group
 from tbps_common.run.logs import RunLog, run_log
@@ -49,27 +50,34 @@ class Run:
         return self.interruption.exit_status
 
     def load(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of a loader; they end early, without an error, if a signal has ended the loader's processes.
+        """The batches of a loader, whose processes start now; they end early, without an error, if a signal has ended the loader's processes.
 
         A SIGTERM to the whole process group reaches the loader's processes too. What was trained until then can be saved.
         """
+        freeze_memory()
         try:
             yield from loader
         except RuntimeError:
             if not self.interruption.requested or self.ranks.distributed:
                 raise
 
-    def distribute(self, model: nn.Module, **options: Any) -> nn.Module:
+    def distribute(self, model: nn.Module, *, unused: Iterable[str] = ()) -> nn.Module:
         """`model` as DistributedDataParallel wraps it for several processes; itself for one.
 
         Args:
             model: on this process's device.
-            **options: of DistributedDataParallel.
+            unused: names of trained parameters that never get a gradient: the exchange of gradients would wait for them,
+                or search the graph of every step for what it lacks.
         """
         if not self.ranks.distributed:
             return model
+        # What is frozen while it is wrapped takes no part in the exchange.
+        left_out = [model.get_parameter(name).requires_grad_(False) for name in unused]
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **options)
+        network = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        for parameter in left_out:
+            parameter.requires_grad_(True)
+        return network
 
 
 @contextmanager

@@ -107,8 +107,11 @@ def open_detector(
 
 
 def _of_torchvision(name: str, weights: str, device: torch.device) -> Any:
-    from torchvision import models
-    from torchvision.transforms.functional import to_tensor
+    try:
+        from torchvision import models
+        from torchvision.transforms.functional import to_tensor
+    except ImportError as error:
+        raise InputError(f"--detect {name}:{weights} needs torchvision: pip install 'tbps-common[detect]'") from error
 
     known = models.list_models(module=models.detection)
     if name not in known:
@@ -132,7 +135,7 @@ def _of_transformers(name: str, device: torch.device) -> Any:
     try:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
     except ImportError as error:
-        raise InputError(f"--detect {name} needs transformers: pip install transformers") from error
+        raise InputError(f"--detect {name} needs transformers: pip install 'tbps-common[detect]'") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         model: Any = AutoModelForObjectDetection.from_pretrained(name)

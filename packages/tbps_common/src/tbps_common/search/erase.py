@@ -74,7 +74,13 @@ def _write_without(gallery: Gallery, condition: str) -> None:
             gallery.table.delete(condition)
             schema = gallery.table.schema
             kept = pa.RecordBatchReader.from_batches(schema, gallery.table.search().to_batches())
-            connect(gallery.path).create_table(gallery.table.name, data=kept, schema=schema, mode="overwrite")
+            connect(gallery.path).create_table(
+                gallery.table.name,
+                data=kept,
+                schema=schema,
+                mode="overwrite",
+                on_bad_vectors="null",  # the features of files with a problem are null
+            )
             gallery.table.checkout_latest()
             if indexed and len(gallery) >= SMALLEST:
                 build_index(gallery)

@@ -4,14 +4,12 @@ It puts each listed attribute in the place of the phrase of the same kind, so th
 and without a key that is worth anything.
 """
 
-import argparse
 import re
 import sys
-import threading
 from typing import Any
 
-from tbps_common.run.arguments import whole_number
 from tbps_common.run.command import command
+from tbps_world.practice.server import serve
 
 
 def answer(messages: list[dict[str, Any]]) -> str:
@@ -42,19 +40,8 @@ def answer(messages: list[dict[str, Any]]) -> str:
 @command
 def main(argv: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tbps_world.practice.captions",
-        description="Serve an OpenAI-compatible chat on this machine that rewrites captions by a rule, to try annotate.py: "
-        "export OPENAI_BASE_URL=http://127.0.0.1:PORT/v1 OPENAI_API_KEY=any",
-    )
-    parser.add_argument("--port", type=whole_number(0), default=8808, help="0 takes a free one (default: %(default)s)")
-    args = parser.parse_args(argv)
-    from tbps_world.practice.server import PracticeServer
-
-    with PracticeServer(answer, port=args.port) as server:
-        print(f"serving on {server.url}; press Ctrl-C to stop", flush=True)
-        threading.Event().wait()
-    return 0
+    purpose = "rewrites captions by a rule, to try annotate.py"
+    return serve(argv, answer, module="tbps_world.practice.captions", port=8808, purpose=purpose)
 
 
 if __name__ == "__main__":

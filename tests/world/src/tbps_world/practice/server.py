@@ -1,5 +1,6 @@
 """A chat server on this machine that answers by a rule: to try a pipeline, or to test one, without a model or a key."""
 
+import argparse
 import json
 import sys
 import threading
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
+
+from tbps_common.run.arguments import whole_number
 
 Messages = list[dict[str, Any]]
 Answer = Callable[[Messages], str]
@@ -119,3 +122,17 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Stay silent: the caller reports."""
+
+
+def serve(argv: list[str], answer: Answer, *, module: str, port: int, purpose: str) -> int:
+    """The command line of `python -m MODULE [--port N]`: serve until Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=f"Serve an OpenAI-compatible chat on this machine that {purpose}: "
+        "export OPENAI_BASE_URL=http://127.0.0.1:PORT/v1 OPENAI_API_KEY=any",
+    )
+    parser.add_argument("--port", type=whole_number(0), default=port, help="0 takes a free one (default: %(default)s)")
+    with PracticeServer(answer, port=parser.parse_args(argv).port) as server:
+        print(f"serving on {server.url}; press Ctrl-C to stop", flush=True)
+        threading.Event().wait()
+    return 0

@@ -4,19 +4,17 @@ It turns attribute combinations into plain sentences, and says yes to every pair
 same; so the stages can be tried without a model and without a key that is worth anything.
 """
 
-import argparse
 import base64
 import io
 import json
 import sys
-import threading
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from fafa.syncpr.prompts import QUESTION_KEYS
-from tbps_common.run.arguments import whole_number
 from tbps_common.run.command import command
+from tbps_world.practice.server import serve
 
 _WORN = ("upper", "lower", "shoes", "headwear")
 _NOTHING = "nothing "
@@ -96,19 +94,8 @@ def _verdict(content: list[dict[str, Any]]) -> str:
 @command
 def main(argv: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tbps_world.practice.syncpr",
-        description="Serve an OpenAI-compatible chat on this machine that answers by a rule, to try fafa-syncpr: "
-        "export OPENAI_BASE_URL=http://127.0.0.1:PORT/v1 OPENAI_API_KEY=any",
-    )
-    parser.add_argument("--port", type=whole_number(0), default=8809, help="0 takes a free one (default: %(default)s)")
-    args = parser.parse_args(argv)
-    from tbps_world.practice.server import PracticeServer
-
-    with PracticeServer(answer, port=args.port) as server:
-        print(f"serving on {server.url}; press Ctrl-C to stop", flush=True)
-        threading.Event().wait()
-    return 0
+    purpose = "answers by a rule, to try fafa-syncpr"
+    return serve(argv, answer, module="tbps_world.practice.syncpr", port=8809, purpose=purpose)
 
 
 if __name__ == "__main__":
