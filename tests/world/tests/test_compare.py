@@ -145,7 +145,7 @@ def test_compare_toy_asks_all_models_and_goes_on(tmp_path: Path, capfd: pytest.C
         "CMLFA",
         "CLIP",
         "MRA",
-        "MRA, re-ranked 32",
+        "MRA, re-ranked 10",
         "FAFA",
         "CLIP, sum of both",
         "DiaNA",

@@ -35,6 +35,7 @@ from tbps_common.files import write_json, write_text
 from tbps_common.images import read_image
 from tbps_common.ranking import best_of_rows, evaluate_rows
 from tbps_common.report import cmc_curve
+from tbps_common.run.progress import progress_bar
 from tbps_common.search.commands import is_dialogue, read_dialogue
 from tbps_common.search.gallery import (
     Gallery,
@@ -369,6 +370,7 @@ class Asker:
         """The scores with the best pictures of each query in the order of the second stage, before all others."""
         assert self.model.judge is not None
         best_scores, best = best_of_rows(scores, count)
+        bar = progress_bar(len(queries), unit="query", desc="second stage")
         for row, query in enumerate(queries):
             hits = hits_of(self.gallery, self.pictures.rows[best[row].cpu()].tolist(), best_scores[row].tolist())
             with torch.inference_mode():
@@ -378,6 +380,8 @@ class Asker:
             order = best[row][judged.sort(descending=True, stable=True).indices.to(best.device)]
             above = torch.arange(len(hits), 0, -1, device=scores.device)
             scores[row, order] = best_scores[row, 0] + above
+            bar.update()
+        bar.close()
         return scores
 
 

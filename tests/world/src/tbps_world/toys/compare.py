@@ -36,7 +36,7 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
 TITLES = {"clip": "CLIP", "cmlfa": "CMLFA", "mra": "MRA", "fafa": "FAFA", "diana": "DiaNA"}
 # Task -> its queries, its models (the first one is the one that the others are compared with), and more flags.
 TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text": (("cmlfa", "clip", "mra", "diana"), ("--judge", "32")),
+    "text": (("cmlfa", "clip", "mra"), ("--judge", "10")),
     "composed": (("fafa", "clip", "cmlfa", "mra"), ("--baselines",)),
     "dialogue": (("diana", "clip", "cmlfa", "mra"), ("--join_dialogue", "--by_rounds")),
 }
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
             arguments = ["--gallery", str(people / "people.lance"), "--queries", str(people / f"{task}.jsonl")]
             arguments += [word for paper in papers for word in ("--model", models[paper])]
             arguments += ["--identity", "outfit", *more, "--out", str(out / f"comparison_{task}")]
-            if not _is_done(out / f"comparison_{task}" / "comparison.json", folders, models[papers[0]], models["clip"]):
+            toys = [folders[paper] / TOYS[paper][0] for paper in papers if paper in TOYS]
+            if not _is_done(out / f"comparison_{task}" / "comparison.json", toys, models["clip"]):
                 _run(folders["mra"], "tbps-compare", arguments)
     except StepFailed as failure:
         return failure.status
@@ -168,15 +169,17 @@ def _run(folder: Path, name: str, arguments: Sequence[str]) -> None:
     run_child([str(Path(sysconfig.get_path("scripts")) / name), *arguments], cwd=folder, env=dict(os.environ))
 
 
-def _is_done(file: Path, folders: dict[str, Path], *asked: str) -> bool:
-    """Whether a comparison of these models is there, and younger than all toys."""
-    if not file.is_file():
-        return False
-    text = file.read_text(encoding="utf-8")
-    toys = [folder / TOYS[paper][0] for paper, folder in folders.items()]
-    return all(json.dumps(model, ensure_ascii=False)[:-1] in text for model in asked) and all(
-        toy.stat().st_mtime < file.stat().st_mtime for toy in toys
+def _is_done(file: Path, toys: Sequence[Path], clip: str) -> bool:
+    """Whether a comparison with this CLIP is there, and younger than the toys' models."""
+    return (
+        file.is_file()
+        and any(clip == entry["name"].partition(", ")[0] for entry in _entries(_read(file)))
+        and all(toy.stat().st_mtime < file.stat().st_mtime for toy in toys)
     )
+
+
+def _entries(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for summary in document["tasks"].values() for entry in summary["models"]]
 
 
 # The page.
@@ -194,10 +197,9 @@ def _conclude(out: Path, people: Path, page: Path, models: dict[str, str]) -> No
         document = _read(out / f"comparison_{task}" / "comparison.json")
         queries = [json.loads(line) for line in (people / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
         chance = 100 * sum(outfits[query["identity"]] for query in queries) / len(queries) / outfits.total()
-        for summary in document["tasks"].values():
-            for entry in summary["models"]:
-                name, comma, way = entry["name"].partition(", ")
-                entry["name"] = titles[name] + comma + way
+        for entry in _entries(document):
+            name, comma, way = entry["name"].partition(", ")
+            entry["name"] = titles[name] + comma + way
         figures[task] = {**document, "chance_R1": chance}
         parts.append(_rounds(document["tasks"], chance) if task == "dialogue" else _table(document["tasks"], chance))
     earlier = page.read_text(encoding="utf-8") if page.is_file() else "# The five papers on one gallery\n\n"
