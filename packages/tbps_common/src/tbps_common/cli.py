@@ -33,3 +33,14 @@ def search_main(argv: list[str]) -> int:
     from tbps_common.search.commands import search
 
     return search(flags)
+
+
+@command
+def page_main(argv: list[str]) -> int:
+    """`tbps-page`: search a gallery in the browser."""
+    from tbps_common.search.options import page_parser
+
+    flags = page_parser().parse_args(argv)
+    from tbps_common.search.page import page
+
+    return page(flags)

@@ -1,4 +1,4 @@
-"""The flags of `tbps-index` and `tbps-search`."""
+"""The flags of `tbps-index`, `tbps-search` and `tbps-page`."""
 
 import argparse
 
@@ -26,6 +26,15 @@ Find the pictures of a gallery that match, best first:
   tbps-search --model fafa:RUN --gallery people.lance --image me.jpg --text "with a black coat instead"
   tbps-search --model diana:FOLDER --gallery people.lance --dialogue dialogue.json
   ... --where "camera = 'cam_a' and time > '2026-05-01'" --output hits.png --json hits.json
+"""
+PAGE_DESCRIPTION = """\
+A page in the browser to search a gallery with words, with a picture and words, or in a chat:
+
+  tbps-page --gallery people.lance --model cmlfa:RUN
+  tbps-page --gallery people.lance --model cmlfa:RUN --model fafa:RUN --model diana:FOLDER
+
+The gallery must have been indexed with each of the models. Of several models, those that take a question answer it side by
+side. The page can be reached from this machine only, shows pictures of the gallery only, and asks nothing of the internet.
 """
 MODEL_HELP = "KIND:PLACE, such as cmlfa:RUN, mra:CHECKPOINT, fafa:RUN, diana:FOLDER, clip:ViT-B-16/openai"
 
@@ -106,6 +115,21 @@ def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, counted from 0")
     add("--ann", action="store_true", help="then build the index for tbps-search --ann, and print its measured recall")
     add("--half", action="store_true", help="store a new gallery's features in half precision: half the disk")
+
+
+def page_parser() -> argparse.ArgumentParser:
+    """The parser of `tbps-page`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-page", description=PAGE_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--gallery", "--index", default="people.lance", help="gallery to search")
+    add("--model", action="append", required=True, help=f"{MODEL_HELP}; may be repeated")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines search the gallery too")
+    add("--port", type=whole_number(0), default=7860, help="port to listen on; 0 takes a free one")
+    add("--max_upload", "--max-upload", type=whole_number(1), default=20, metavar="MB", help="largest picture accepted")
+    add_model_flags(parser)
+    return parser
 
 
 def add_encoding_flags(parser: argparse.ArgumentParser) -> None:
