@@ -494,7 +494,9 @@ def build(page: Page) -> gr.Blocks:
                     for name in page.filters.times:
                         with gr.Row():
                             fields += [
-                                gr.Textbox(label=f"{name} {mark}", placeholder="2026-05-01 08:30", max_lines=1, min_width=120)
+                                gr.Textbox(
+                                    label=f"{name} {mark}", placeholder="2026-05-01 08:30", max_lines=1, min_width=120
+                                )
                                 for mark in ("from", "to")
                             ]
                     with gr.Accordion("SQL condition", open=False):
@@ -632,14 +634,15 @@ CSS = """
 #ask .block { padding: 0; overflow: visible; }
 #filters, #options { border: 0 !important; border-top: 1px solid #eef0f3 !important; border-radius: 0; padding: 10px 0 0 !important; }
 #ask textarea, #ask input[type=text], #like textarea, #like input, #ask .wrap-inner { background: #fff; }
-#ask textarea, #like textarea, #like input { border: 1px solid #d0d5dd !important; border-radius: 10px !important; font-size: 15px; }
+#ask textarea, #filters label input, #like textarea, #like input { border: 1px solid #d0d5dd !important; border-radius: 10px !important; font-size: 15px; }
 button.primary { background: #1f3a5f !important; color: #fff !important; border: 0 !important; border-radius: 10px !important; }
 button.primary:hover { background: #2a4c7b !important; }
 button.secondary { background: #fff !important; border: 1px solid #d0d5dd !important; border-radius: 10px !important; }
 #ask .block:has(> .html-container), #ask .html-container { padding: 0 !important; }
 #ask .tab-container button { color: #667085; } #ask .tab-container button.selected { color: #1b2430; font-weight: 600; }
 #ask .row, #like { gap: 10px; }
-#filters .wrap { border: 1px solid #d0d5dd; border-radius: 10px; box-shadow: none; min-height: 42px; }
+#filters .wrap { border: 1px solid #d0d5dd; border-radius: 10px; box-shadow: none; min-height: 42px; overflow: hidden; }
+#filters .wrap input { border: 0 !important; }
 #ask button.lg, #like button.lg { font-size: 15px; font-weight: 600; padding: 9px 14px; min-height: 42px; }
 #ask .tabitem textarea { min-height: 72px; }
 #hits { scroll-margin-top: 12px; }
