@@ -468,7 +468,7 @@ def build(page: Page) -> gr.Blocks:
                             max_length=MOST_WORDS,
                             submit_btn=False,
                         )
-                        find = gr.Button("Search", variant="primary")
+                        find = gr.Button("Search", variant="primary", elem_id="find")
                     with gr.Tab("Picture and words", id="picture"):
                         drop = gr.HTML(_DROP, js_on_load=_DROP_SCRIPT.replace("MOST", str(page.most_upload)))
                         preview = gr.HTML("", elem_id="preview")
@@ -479,7 +479,7 @@ def build(page: Page) -> gr.Blocks:
                             max_lines=6,
                             max_length=MOST_WORDS,
                         )
-                        compose = gr.Button("Search", variant="primary")
+                        compose = gr.Button("Search", variant="primary", elem_id="compose")
                     with gr.Tab("Chat", id="chat"):
                         chat = gr.HTML(chat_html(Visit()), elem_id="conversation")
                         told = gr.Textbox(label="Your answer", lines=1, max_lines=6, max_length=MOST_WORDS)
