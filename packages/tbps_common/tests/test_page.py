@@ -155,7 +155,7 @@ def visitor(site: Site, browser: Any) -> Iterator[Callable[[], Any]]:
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.set_default_timeout(WAIT)
         tab.goto(site.address)
-        tab.wait_for_selector(".empty")
+        tab.locator(".masthead", has_text="40 pictures in people.lance").wait_for()
         opened.append((context, complaints))
         return tab
 

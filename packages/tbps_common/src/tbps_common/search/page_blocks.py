@@ -343,6 +343,17 @@ class Page:
         some = any(not isinstance(hits, str) for _, hits in visit.answers)
         return visit, shown, gr.update(visible=some), gr.update(visible=False)
 
+    def masthead(self, count: bool = True) -> str:
+        """The title, with what the gallery holds now."""
+        about = ""
+        if count:
+            try:
+                most = max(len(open_gallery(self.gallery, model)) for model in self.models.values())
+                about = f"{most:,} pictures in {os.path.basename(os.path.normpath(self.gallery))}"
+            except (InputError, OSError) as error:
+                about = str(error)
+        return f"<header class='masthead'><h1>Find a person</h1><p>{_text(about)}</p></header>"
+
     def by_words(self, visit: Visit, text: str, chosen: list[str], topk: float, *fields: Any) -> Any:
         return self.ask(visit, Query(text or ""), chosen, topk, fields)
 
@@ -453,9 +464,7 @@ def build(page: Page) -> gr.Blocks:
     names = list(page.models)
     with gr.Blocks(title="Find a person", analytics_enabled=False, fill_width=True) as blocks:
         visit = gr.State(Visit(), time_to_live=3600)
-        gr.HTML(
-            f"<header class='masthead'><h1>Find a person</h1><p>{_text(_about(page.gallery, page.models))}</p></header>"
-        )
+        masthead = gr.HTML(page.masthead(count=False))
         with gr.Row(elem_id="page", equal_height=False):
             with gr.Column(elem_id="ask", scale=0, min_width=340):
                 with gr.Tabs(elem_id="ways") as ways:
@@ -565,17 +574,13 @@ def build(page: Page) -> gr.Blocks:
             show_progress_on=hits,
         )
         gr.on([again.click, blocks.load], page.first_question, visit, [visit, chat], **quick)
+        blocks.load(page.masthead, None, masthead, **quick)
         drop.upload(page.take_upload, visit, [visit, preview], **quick)
         hits.select(page.open_hit, visit, [visit, detail, panel], **quick).then(None, js=_TO_TOP)
         close.click(lambda: gr.update(visible=False), None, panel, **quick)
         for button, make, name in ((save_json, page.as_json, "hits.json"), (save_picture, page.as_picture, "hits.png")):
             button.click(make, visit, file, **quick).then(None, file, None, js=_SAVE.replace("NAME", name))
     return blocks.queue(max_size=100)
-
-
-def _about(gallery: str, models: Mapping[str, Retriever]) -> str:
-    counts = [len(open_gallery(gallery, model)) for model in models.values()]
-    return f"{max(counts):,} pictures in {os.path.basename(os.path.normpath(gallery))}"
 
 
 def theme() -> gr.themes.Base:
