@@ -52,3 +52,14 @@ def compare_main(argv: list[str]) -> int:
     from tbps_common.search.compare import compare
 
     return compare(flags)
+
+
+@command
+def page_main(argv: list[str]) -> int:
+    """`tbps-page`: search a gallery in the browser."""
+    from tbps_common.search.options import page_parser
+
+    flags = page_parser().parse_args(argv)
+    from tbps_common.search.page import page
+
+    return page(flags)

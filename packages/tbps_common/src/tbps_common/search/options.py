@@ -1,4 +1,4 @@
-"""The flags of `tbps-index`, `tbps-search` and `tbps-compare`."""
+"""The flags of `tbps-index`, `tbps-search`, `tbps-compare` and `tbps-page`."""
 
 import argparse
 
@@ -40,6 +40,15 @@ identity: a value of the column that --identity names). A CSV file with these co
   {"dialogue": [[{"from": "gpt", "value": "..."}, {"from": "user", "value": "..."}]], "identity": "17", "person": "17"}
 
 Differences are those to the first model. Written to --out: comparison.json, comparison.txt, and cmc_*.png.
+"""
+PAGE_DESCRIPTION = """\
+A page in the browser to search a gallery with words, with a picture and words, or in a chat:
+
+  tbps-page --gallery people.lance --model cmlfa:RUN
+  tbps-page --gallery people.lance --model cmlfa:RUN --model fafa:RUN --model diana:FOLDER
+
+The gallery must have been indexed with each of the models. Of several models, those that take a question answer it side by
+side. The page can be reached from this machine only, shows pictures of the gallery only, and asks nothing of the internet.
 """
 MODEL_HELP = "KIND:PLACE, such as cmlfa:RUN, mra:CHECKPOINT, fafa:RUN, diana:FOLDER, clip:ViT-B-16/openai"
 
@@ -171,6 +180,21 @@ def add_gallery_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     )
     add("--detect_min", type=whole_number(1), default=32, help="boxes that are less high, in pixels, are dropped")
     add("--fps", type=number(0, above=True), default=1.0, help="frames of a video that are looked at per second")
+
+
+def page_parser() -> argparse.ArgumentParser:
+    """The parser of `tbps-page`."""
+    parser = argparse.ArgumentParser(
+        prog="tbps-page", description=PAGE_DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--gallery", "--index", default="people.lance", help="gallery to search")
+    add("--model", action="append", required=True, help=f"{MODEL_HELP}; may be repeated")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines search the gallery too")
+    add("--port", type=whole_number(0), default=7860, help="port to listen on; 0 takes a free one")
+    add("--max_upload", "--max-upload", type=whole_number(1), default=20, metavar="MB", help="largest picture accepted")
+    add_model_flags(parser)
+    return parser
 
 
 def add_encoding_flags(parser: argparse.ArgumentParser) -> None:
