@@ -168,3 +168,6 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # The first backward pass decides whether autograd starts threads for devices, after which no forked process can compute
+    # gradients. Fake tensors (the dry run, ONNX export) make it believe that there is a GPU, so it must come before them.
+    torch.ones(1, requires_grad=True).sum().backward()
