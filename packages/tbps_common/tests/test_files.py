@@ -104,6 +104,18 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_file_stays(tmp_p
     assert sorted(os.listdir(tmp_path)) == [f".x.tmp{os.getppid()}.bin", f".y.tmp{dead.pid}.bin", "x.bin"]
 
 
+def test_what_safetensors_left_when_it_was_killed_is_removed_an_hour_later(tmp_path: Path) -> None:
+    old, young = tmp_path / ".tmpAb12Cd", tmp_path / ".tmpEf34Gh"
+    for file in (old, young):
+        file.write_bytes(b"part")
+    os.utime(old, (0, 0))
+    for name in ("log.txt", "weights.safetensors"):
+        with atomic_path(tmp_path / name) as temporary:
+            temporary.write_bytes(b"whole")
+        assert old.exists() == (name == "log.txt")
+    assert young.exists()
+
+
 def test_an_error_of_the_system_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught, atomic_path(tmp_path / "x.bin"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -5,9 +5,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_LONGEST_WRITE = 3600.0  # seconds
 
 
 @contextmanager
@@ -56,6 +58,12 @@ def _remove_leftovers(target: Path) -> None:
         writer = leftover.name[len(prefix) : len(leftover.name) - len(target.suffix)]
         if writer.isdigit() and not _is_running(int(writer)):
             leftover.unlink(missing_ok=True)
+    if target.suffix == ".safetensors":
+        # The library writes through a file of its own, whose name does not tell by whom; what is written now is younger.
+        for leftover in target.parent.glob(".tmp??????"):
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > _LONGEST_WRITE:
+                    leftover.unlink()
 
 
 def _is_running(process: int) -> bool:
