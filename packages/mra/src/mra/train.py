@@ -284,7 +284,10 @@ class Training:
         position, values = self.position, self.meters.latest()
         shown = [f"{name}: {value:.{6 if name == 'lr' else 4}f}" for name, value in values.items()]
         waiting = self.run.waiting
-        shown += [f"time: {seconds:.4f}", f"data: {waiting.seconds / (position.batch - first):.4f} ({waiting.share:.0%})"]
+        shown += [
+            f"time: {seconds:.4f}",
+            f"data: {waiting.seconds / (position.batch - first):.4f} ({waiting.share:.0%})",
+        ]
         if self.run.device.type == "cuda":
             shown.append(f"max mem: {torch.cuda.max_memory_allocated(self.run.device) / 2**20:.0f}")
         eta = datetime.timedelta(seconds=int((count - position.batch) * seconds))
