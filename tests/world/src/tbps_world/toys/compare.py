@@ -27,7 +27,7 @@ MARK = "<!-- Everything below was written by compare-toy. -->"
 SEED = "1"  # the toys' own worlds have seed 0
 # Of each toy: what it leaves when it has ended, and flags that end it within a minute or two.
 TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cmlfa": ("metrics.json", ("--preset", "tiny", "--epochs", "2")),
+    "cmlfa": ("metrics.json", ("--preset", "tiny", "--epochs", "2", "--start", "random")),
     "mra": ("metrics.json", ("--preset", "tiny", "--networks", "tiny", "--sda_epochs", "1", "--cuhk_epochs", "2")),
     "fafa": ("metrics.json", ("--ids", "48", "--epochs", "1")),
     "diana": ("evaluation/metrics.json", ("--preset", "tiny", "--pretrain_steps", "2", "--finetune_steps", "2")),
@@ -89,8 +89,11 @@ def _models(folders: dict[str, Path], clip: str | None) -> dict[str, str]:
             raise InputError(
                 f"--{paper} {folders[paper]} holds no run of {paper}-toy: name the folder that its --out named"
             )
+    from cmlfa.config import load_train_configs
+
+    start = load_train_configs(runs["cmlfa"][-1])["pretrain_choice"]
     return {
-        "clip": f"clip:{clip or folders['cmlfa'] / 'tiny_clip.pt'}",
+        "clip": f"clip:{clip or start}",
         "cmlfa": f"cmlfa:{runs['cmlfa'][-1].parent}",
         "mra": f"mra:{folders['mra'] / 'out/ft_cuhk/checkpoint_best.pth'}",
         "fafa": f"fafa:{runs['fafa'][-1].parent}",
