@@ -20,7 +20,7 @@ from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
 from tbps_common.report.published import published_report
-from tbps_common.run.device import device_sentence
+from tbps_common.run.device import allow_tf32, device_sentence
 from tbps_common.run.logs import run_log
 
 # The CMC curve is drawn up to this rank, or the size of a smaller gallery.
@@ -45,6 +45,7 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> int:
     if options.dataset_name != load_train_configs(flags.config_file)["dataset_name"]:
         directory /= options.dataset_name  # never over the results on the data set of the training
     report = Path(flags.report_dir or directory)
+    allow_tf32(flags.tf32)
     with run_log("IRRA", "cmlfa") as log:
         trained = open_trained(flags, options)
         report.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
 from tbps_common.report.published import published_report
+from tbps_common.run.device import allow_tf32
 from tbps_common.run.logs import run_log
 
 CMC_RANKS = 50
@@ -44,6 +45,7 @@ def infer(run: TrainedRun, itcpr: ITCPR, flags: argparse.Namespace) -> int:
     values = run.hyperparameters
     for name in ("fda_k", "fda_alpha", "fd_margin"):
         print(f"{name} = {getattr(values, name)}")
+    allow_tf32(flags.tf32)
     with run_log("fafa"):
         trained = open_trained(run, flags.device, trust=flags.trust_checkpoint)
         print(trained.transforms.sentence)
@@ -53,7 +55,7 @@ def infer(run: TrainedRun, itcpr: ITCPR, flags: argparse.Namespace) -> int:
                 f"--fda-k-sweep {max(flags.fda_k_sweep)} is more than the {tokens} query tokens of the model"
             )
         started = time.perf_counter()
-        query_set, gallery_set = itcpr_sets(itcpr, trained.transforms.test)
+        query_set, gallery_set = itcpr_sets(itcpr, trained.transforms.test.pixels)
         extractor = Extractor(trained.model, BlipCaptionProcessor(), flags.batch_size, flags.num_workers, progress=True)
         queries = extractor.queries(query_set, query_set.captions)
         gallery = extractor.gallery(gallery_set)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fafa.model.settings import MODEL_NAME
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, add_require_published_flag, number, whole_number
+from tbps_common.run.arguments import HelpFormatter, add_require_published_flag, add_tf32_flag, number, whole_number
 from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 TRANSFORMS = ("squarepad", "targetpad", "resize")
@@ -344,6 +344,7 @@ def inference_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print and write the metrics for several numbers of averaged tokens, from the same features",
     )
     ours.add_argument("--report-dir", help="folder of evaluation.json and the pictures; by default the run directory")
+    add_tf32_flag(ours)
     add_require_published_flag(ours)
     return parser.parse_args(argv)
 

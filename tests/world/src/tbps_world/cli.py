@@ -12,6 +12,14 @@ def synth_main(argv: list[str]) -> int:
 
 
 @command
+def train_tiny_main(argv: list[str]) -> int:
+    """`tbps-train-tiny`: start weights for the toys, trained on persons whom no toy draws."""
+    from tbps_world.pretrain.commands import main
+
+    return main(argv)
+
+
+@command
 def cmlfa_tiny_main(argv: list[str]) -> int:
     """`cmlfa-make-tiny-clip`: write a small random CLIP model, to try the commands without a download."""
     from tbps_world.tiny.cmlfa import main
