@@ -430,9 +430,7 @@ class TestDeletion:
 
 
 class TestPlaces:
-    def test_after_the_folder_has_moved(
-        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_after_the_folder_has_moved(self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out, encoded, moved = tmp_path / "g.lance", [], tmp_path / "elsewhere" / "pictures"
         for mark in "ab":
             index(out, folder, colour_model(mark * 64))
@@ -451,7 +449,9 @@ class TestPlaces:
         assert cli("--delete", "--out", out, "--path", moved / "a") == 0  # the tables are written anew
         assert open_gallery(out, colour_model()).root == str(moved)
 
-    def test_a_gallery_may_have_an_address(self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_gallery_may_have_an_address(
+        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         address = f"file://{tmp_path}/g.lance"
         assert update_gallery(address, colour_model(), list_pictures(str(folder))).added == 10
         assert names(open_gallery(address, colour_model()), "red", topk=1) == ["0.png"]

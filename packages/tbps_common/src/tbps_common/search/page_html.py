@@ -88,7 +88,9 @@ def _hit_html(number: int, rank: int, hit: Hit) -> str:
         if picture is not None
         else '<span class="gone">the picture is gone</span>'
     )
-    facts = "".join(f"<span>{_value(value)}</span>" for value in list(hit.data.values())[:3] if value is not None)
+    known = [value for value in list(hit.data.values())[:3] if value is not None]
+    known += [] if hit.frame is None else [f"frame {hit.frame}"]
+    facts = "".join(f"<span>{_value(value)}</span>" for value in known)
     return (
         f'<li><button type="button" class="hit" data-hit="{number}:{rank}">{shown}'
         f'<span class="line"><b>{rank + 1}</b><i>{hit.score:.3f}</i></span><span class="facts">{facts}</span></button></li>'
