@@ -21,7 +21,10 @@ A model that is there, trained with the same settings, is kept.
 """
 # Name -> the function train(folder, *, seed, steps) that fills the folder and returns what it measured. `steps` None:
 # as many as are needed. Imported when its turn has come, for what one model needs another one may do without.
-MODELS: dict[str, str] = {}
+MODELS: dict[str, str] = {
+    "swin_bert": "tbps_world.pretrain.swin_bert:train",
+    "swin_llama": "tbps_world.pretrain.swin_llama:train",
+}
 RECORD = "start.json"
 VERSION = 1
 """Raised whenever the same settings would train another model."""
