@@ -21,7 +21,13 @@ A model that is there, trained with the same settings, is kept.
 """
 # Name -> the function train(folder, *, seed, steps) that fills the folder and returns what it measured. `steps` None:
 # as many as are needed. Imported when its turn has come, for what one model needs another one may do without.
-MODELS: dict[str, str] = {}
+MODELS: dict[str, str] = {
+    "diffusion": "tbps_world.pretrain.diffusion:train",
+    "image_encoder": "tbps_world.pretrain.image_encoder:train",
+    "detector": "tbps_world.pretrain.detector:train",
+    "pose": "tbps_world.pretrain.pose:train",
+    "captioner": "tbps_world.pretrain.captioner:train",
+}
 RECORD = "start.json"
 VERSION = 1
 """Raised whenever the same settings would train another model."""
