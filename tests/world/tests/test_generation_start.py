@@ -34,7 +34,12 @@ def test_diffusion_and_its_image_encoder_fit_dp(tmp_path: Path, monkeypatch: pyt
     figures = trained("diffusion", tmp_path / "diffusion", monkeypatch)
     assert 0 <= figures["upper_colour_sampled"] <= 1
     trained("image_encoder", tmp_path / "image_encoder", monkeypatch)
-    flags = ["--pretrained_model_hf", str(tmp_path / "diffusion"), "--image_encoder_hf", str(tmp_path / "image_encoder")]
+    flags = [
+        "--pretrained_model_hf",
+        str(tmp_path / "diffusion"),
+        "--image_encoder_hf",
+        str(tmp_path / "image_encoder"),
+    ]
     args: argparse.Namespace = parse_args([*flags, "--attribute_loc"])
     model = DiversePersonModel.from_pretrained(args)
     assert model.capture is not None

@@ -22,6 +22,7 @@ A model that is there, trained with the same settings, is kept.
 # Name -> the function train(folder, *, seed, steps) that fills the folder and returns what it measured. `steps` None:
 # as many as are needed. Imported when its turn has come, for what one model needs another one may do without.
 MODELS: dict[str, str] = {
+    "clip": "tbps_world.pretrain.clip:train_clip",
     "diffusion": "tbps_world.pretrain.diffusion:train",
     "image_encoder": "tbps_world.pretrain.image_encoder:train",
     "detector": "tbps_world.pretrain.detector:train",

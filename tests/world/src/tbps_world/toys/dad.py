@@ -16,7 +16,7 @@ from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_world.tiny.dad import MANIFEST_NAME as TINY_MANIFEST
 from tbps_world.toys.mra_steps import run_script
-from tbps_world.toys.steps import StepFailed, call
+from tbps_world.toys.steps import START, START_HELP, StepFailed, call, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, run all five stages of mra-dad on it with small networks, and pre-train MRA's toy on
@@ -47,12 +47,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mra-dad-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--out", default="dad_toy", metavar="DIR", help="folder for everything that is written")
     parser.add_argument("--ids", type=whole_number(8), default=100, help="synthetic persons")
-    parser.add_argument(
-        "--start",
-        default="build/start",
-        metavar="DIR",
-        help=f"folder of start weights; {RANDOM}: the toy's own networks",
-    )
+    parser.add_argument("--start", metavar="DIR", default=START, help=START_HELP)
     parser.add_argument(
         "--steps",
         type=whole_number(0),
@@ -100,15 +95,14 @@ def _make_world(out: Path, persons: int) -> None:
 
 def _find_models(out: Path, args: argparse.Namespace) -> None:
     """Put the four networks into `models`: start weights, or small ones made for this world."""
-    from tbps_world.cli import dad_tiny_main, train_tiny_main
+    from tbps_world.cli import dad_tiny_main
 
     if args.start != RANDOM:
-        call("tbps-train-tiny", train_tiny_main, [*START_NAMES, "--out", args.start])
         (out / MODELS).mkdir(exist_ok=True)
-        for name in START_NAMES:
+        for name, folder in zip(START_NAMES, start_weights(START_NAMES, args.start)):
             place = out / MODELS / name
             place.unlink(missing_ok=True)
-            place.symlink_to((Path(args.start) / name).resolve())
+            place.symlink_to(folder.resolve())
         return
     with working_directory(out):
         if (Path(MODELS) / TINY_MANIFEST).is_file():

@@ -17,7 +17,7 @@ from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
 from tbps_world.tiny.dp_gen_command import VAE_UPDATES
-from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+from tbps_world.toys.steps import START, START_HELP, StepFailed, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny editor on it with the paper's own train command, edit test images and
@@ -111,15 +111,14 @@ def _make_world(out: Path, args: argparse.Namespace) -> None:
 
 def _find_models(out: Path, args: argparse.Namespace) -> None:
     """Put the models where the paper's command looks for them: start weights, or random ones."""
-    from tbps_world.cli import dp_tiny_main, train_tiny_main
+    from tbps_world.cli import dp_tiny_main
 
-    places = {out / BASE_MODEL: "diffusion", out / IMAGE_ENCODER: "image_encoder"}
+    places = [out / BASE_MODEL, out / IMAGE_ENCODER]
     if args.start != RANDOM:
-        call("tbps-train-tiny", train_tiny_main, [*places.values(), "--out", args.start])
-        for place, name in places.items():
+        for place, folder in zip(places, start_weights(["diffusion", "image_encoder"], args.start)):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
-            place.symlink_to((Path(args.start) / name).resolve())
+            place.symlink_to(folder.resolve())
     elif not all(place.is_dir() for place in places):
         arguments = [
             *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
@@ -289,13 +288,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--preset", choices=("tiny", "small", "medium"), default="small", help="kind of world (default: %(default)s)"
     )
     parser.add_argument("--ids", type=whole_number(3), default=IDS, help="persons of it (default: %(default)s)")
-    parser.add_argument(
-        "--start",
-        metavar="DIR",
-        default="build/start",
-        help="folder of start weights, which tbps-train-tiny writes if they are not there (default: %(default)s); "
-        f"{RANDOM}: random weights",
-    )
+    parser.add_argument("--start", metavar="DIR", default=START, help=f"{START_HELP} (default: %(default)s)")
     parser.add_argument(
         "--updates", type=whole_number(1), default=UPDATES, help="training updates (default: %(default)s)"
     )

@@ -12,6 +12,10 @@ from typing import Any
 
 from tbps_common.errors import InputError
 
+START = "build/start"
+"""Default folder of the start weights, as of `tbps-train-tiny`."""
+START_HELP = "folder of the start weights, trained by tbps-train-tiny if they are not there; random: none"
+
 
 class StepFailed(Exception):
     """A command ended with another status than 0; it has said why.
@@ -40,6 +44,19 @@ def call(name: str, command: Callable[[list[str]], int], arguments: Sequence[str
     status = command(list(arguments))
     if status:
         raise StepFailed(status)
+
+
+def start_weights(names: Sequence[str], folder: str) -> list[Path]:
+    """Folders of start weights, trained by `tbps-train-tiny` unless they are there.
+
+    Args:
+        names: of the models.
+        folder: of `--start`.
+    """
+    from tbps_world.cli import train_tiny_main
+
+    call("tbps-train-tiny", train_tiny_main, [*names, "--out", folder])
+    return [Path(folder).resolve() / name for name in names]
 
 
 def run_child(
