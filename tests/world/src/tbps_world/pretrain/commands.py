@@ -25,6 +25,11 @@ MODELS: dict[str, str] = {
     "clip": "tbps_world.pretrain.clip:train_clip",
     "swin_bert": "tbps_world.pretrain.swin_bert:train",
     "swin_llama": "tbps_world.pretrain.swin_llama:train",
+    "diffusion": "tbps_world.pretrain.diffusion:train",
+    "image_encoder": "tbps_world.pretrain.image_encoder:train",
+    "detector": "tbps_world.pretrain.detector:train",
+    "pose": "tbps_world.pretrain.pose:train",
+    "captioner": "tbps_world.pretrain.captioner:train",
 }
 RECORD = "start.json"
 VERSION = 1
