@@ -23,6 +23,13 @@ A model that is there, trained with the same settings, is kept.
 # as many as are needed. Imported when its turn has come, for what one model needs another one may do without.
 MODELS: dict[str, str] = {
     "clip": "tbps_world.pretrain.clip:train_clip",
+    "swin_bert": "tbps_world.pretrain.swin_bert:train",
+    "swin_llama": "tbps_world.pretrain.swin_llama:train",
+    "diffusion": "tbps_world.pretrain.diffusion:train",
+    "image_encoder": "tbps_world.pretrain.image_encoder:train",
+    "detector": "tbps_world.pretrain.detector:train",
+    "pose": "tbps_world.pretrain.pose:train",
+    "captioner": "tbps_world.pretrain.captioner:train",
 }
 RECORD = "start.json"
 VERSION = 1
