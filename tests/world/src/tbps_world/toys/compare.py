@@ -6,17 +6,16 @@ Every step is an ordinary command, echoed before it runs. A second call continue
 import argparse
 import csv
 import json
-import os
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter
-from tbps_world.toys.steps import StepFailed, call, echo, run_child
+from tbps_world.toys.steps import StepFailed, call
 
 DESCRIPTION = """\
 Train the models of cmlfa-toy, mra-toy, fafa-toy and diana-toy (or take those that are there), draw another world, index
@@ -49,6 +48,7 @@ def main(argv: list[str]) -> int:
     out = Path(flags.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     folders = {paper: Path(getattr(flags, paper) or out / paper).resolve() for paper in TOYS}
+    page = Path(flags.page or out / "comparison.md").resolve()
     started = time.perf_counter()
     try:
         for paper, folder in folders.items():
@@ -56,23 +56,11 @@ def main(argv: list[str]) -> int:
         people = _draw(out, "tiny" if flags.quick else "small")
         models = _models(folders, flags.clip)
         # MRA's checkpoint names its vocabulary relative to the folder of its training.
-        for model in models.values():
-            _run(
-                folders["mra"],
-                "tbps-index",
-                ["--model", model, "--images", str(people / "gallery.txt"), "--out", str(people / "people.lance")]
-                + ["--metadata", str(people / "gallery.csv")],
-            )
-        for task, (papers, more) in TASKS.items():
-            arguments = ["--gallery", str(people / "people.lance"), "--queries", str(people / f"{task}.jsonl")]
-            arguments += [word for paper in papers for word in ("--model", models[paper])]
-            arguments += ["--identity", "outfit", *more, "--out", str(out / f"comparison_{task}")]
-            toys = [folders[paper] / TOYS[paper][0] for paper in papers if paper in TOYS]
-            if not _is_done(out / f"comparison_{task}" / "comparison.json", toys, models["clip"]):
-                _run(folders["mra"], "tbps-compare", arguments)
+        with chdir(folders["mra"]):
+            _compare(out, people, folders, models)
     except StepFailed as failure:
         return failure.status
-    _conclude(out, people, Path(flags.page or out / "comparison.md"), models)
+    _conclude(out, people, page, models)
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
@@ -157,6 +145,23 @@ def _draw(out: Path, preset: str) -> Path:
     return world
 
 
+def _compare(out: Path, people: Path, folders: dict[str, Path], models: dict[str, str]) -> None:
+    """Index the people with every model, and ask what has not been asked yet."""
+    from tbps_common.cli import compare_main, index_main
+
+    gallery = str(people / "people.lance")
+    for model in models.values():
+        arguments = ["--model", model, "--images", str(people / "gallery.txt"), "--out", gallery]
+        call("tbps-index", index_main, [*arguments, "--metadata", str(people / "gallery.csv")])
+    for task, (papers, more) in TASKS.items():
+        arguments = ["--gallery", gallery, "--queries", str(people / f"{task}.jsonl")]
+        arguments += [word for paper in papers for word in ("--model", models[paper])]
+        arguments += ["--identity", "outfit", *more, "--out", str(out / f"comparison_{task}")]
+        toys = [folders[paper] / TOYS[paper][0] for paper in papers if paper in TOYS]
+        if not _is_done(out / f"comparison_{task}" / "comparison.json", toys, models["clip"]):
+            call("tbps-compare", compare_main, arguments)
+
+
 def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -165,11 +170,6 @@ def _write(file: Path, lines: Sequence[str]) -> None:
     from tbps_common.files import write_text
 
     write_text(file, "".join(f"{line}\n" for line in lines))
-
-
-def _run(folder: Path, name: str, arguments: Sequence[str]) -> None:
-    echo([name, *arguments], folder)
-    run_child([str(Path(sysconfig.get_path("scripts")) / name), *arguments], cwd=folder, env=dict(os.environ))
 
 
 def _is_done(file: Path, toys: Sequence[Path], clip: str) -> bool:
