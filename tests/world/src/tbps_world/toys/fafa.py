@@ -16,7 +16,7 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call, checkout_of, echo, run_child, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own training command, evaluate it with
@@ -53,7 +53,6 @@ LEARNING_FLAGS = (
     *("--batch-size", "32"),
     *("--validation-frequency", "10"),
     *("--eval-num-workers", "1"),
-    *("--seed", "0"),
     "--save-last",
     "--no-code-backup",
 )
@@ -86,8 +85,10 @@ def main(argv: list[str]) -> int:
     try:
         _make_world(out, flags.ids, flags.start)
         backbone = _make_model(out, flags.start)
-        checked = _check_overfit(out, backbone, flags) if flags.overfit else None
-        run = _train(out, train_arguments(out, backbone, epochs=flags.epochs, device=flags.device))
+        arguments = train_arguments(out, backbone, epochs=flags.epochs, device=flags.device)
+        arguments += ["--seed", str(flags.seed), *flags.more]
+        checked = _check_overfit(out, arguments, flags.device) if flags.overfit else None
+        run = _train(out, arguments)
         _infer(run, out / "world" / "ITCPR", flags.device)
     except StepFailed as failure:
         return failure.status
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
 def _make_world(out: Path, ids: int | None, start: str) -> None:
     from tbps_world.cli import synth_main
 
-    size = RANDOM_SIZE if start == "random" else START_SIZE
+    size = RANDOM_SIZE if start == RANDOM else START_SIZE
     call(
         "tbps-synth",
         synth_main,
@@ -110,8 +111,9 @@ def _make_model(out: Path, start: str) -> Path:
     """The model's description, for `--backbone`."""
     from tbps_world.cli import fafa_tiny_main
 
-    if start != "random":
-        return start_weights(["blip2"], start)[0] / "tiny.yaml"
+    trained = start_weights("blip2", start)
+    if trained is not None:
+        return trained / "tiny.yaml"
     call("fafa-make-tiny", fafa_tiny_main, [str(out / RANDOM_MODEL), "--for", "pedestrians"])
     return out / RANDOM_MODEL / "tiny.yaml"
 
@@ -140,7 +142,7 @@ def train_arguments(out: Path, backbone: Path, *, epochs: int | None = None, dev
     ]
 
 
-def _check_overfit(out: Path, backbone: Path, flags: argparse.Namespace) -> float:
+def _check_overfit(out: Path, arguments: list[str], device: str) -> float:
     """R@1 in percent on the triplets trained on, if there are only a few: whether the model can learn them at all."""
     from tbps_common.files import write_json
     from tbps_common.report.evaluation import read_evaluation
@@ -159,10 +161,10 @@ def _check_overfit(out: Path, backbone: Path, flags: argparse.Namespace) -> floa
         sides["reference"][-1]["caption"] = record["edit_caption"]
     write_json(few / "query.json", sides["reference"])
     write_json(few / "gallery.json", sides["target"])
-    arguments = train_arguments(out, backbone, epochs=OVERFIT_EPOCHS, device=flags.device)
+    length = ["--num-epochs", str(OVERFIT_EPOCHS), "--validation-frequency", str(OVERFIT_EPOCHS)]
     folders = ["--syncpr-data-path", str(few), "--itcpr-root", str(few), "--output-dir", str(few / "runs")]
-    run = _train(few, [*arguments, *folders, "--validation-frequency", str(OVERFIT_EPOCHS)])
-    _infer(run, few, flags.device)
+    run = _train(few, [*arguments, *length, *folders])
+    _infer(run, few, device)
     return read_evaluation(run / "evaluation.json")["metrics"]["com"]["R1"]
 
 
@@ -295,7 +297,15 @@ def _conclude(out: Path, run: Path, backbone: Path, overfit: float | None, secon
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fafa-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--out", default="toy", help="folder for everything that is written")
-    parser.add_argument("--start", metavar="DIR", default=START, help=START_HELP)
+    add_start(parser)
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the training")
+    parser.add_argument(
+        "--more",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="flags to append to the training command, as in --more='--loss-fd 0'",
+    )
     parser.add_argument("--ids", type=whole_number(3), help="identities of the world instead of the tuned number")
     parser.add_argument("--epochs", type=whole_number(1), help="epochs instead of the tuned number")
     parser.add_argument("--overfit", action="store_true", help=f"first train on {OVERFIT} triplets alone and find them")

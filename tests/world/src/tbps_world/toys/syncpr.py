@@ -170,6 +170,7 @@ def train_arguments(out: Path, epochs: int, device: str) -> list[str]:
         *("--num-epochs", str(epochs)),
         *LEARNING_FLAGS,
         *RANDOM_FLAGS,
+        *("--seed", "0"),
         *("--device", device),
     ]
 
