@@ -59,7 +59,7 @@ LEARNING_FLAGS = (
     *("--log_period", "50"),
 )
 # The size of the trained start, and how far training moves from it.
-START_FLAGS = (*("--img_size", "96,96"), *("--stride_size", "16"), *("--lr", "3e-4"), *("--num_epoch", "15"))
+START_FLAGS = (*("--img_size", "96,96"), *("--stride_size", "16"), *("--lr", "5e-4"), *("--num_epoch", "18"))
 # With --start random. The paper's fine-tuning recipe (lr 1e-5, temperature 0.02) does not leave the plateau from there.
 RANDOM_FLAGS = (*("--img_size", "128,64"), *("--stride_size", "8"), *("--lr", "1e-3"))
 TINY_CLIP_FLAGS = (
