@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import dp_gen.train as training
 from dp_gen import DiversePersonPipeline
 from dp_gen.cli import train_main
 from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
@@ -94,6 +96,30 @@ def test_the_last_checkpoint_alone_is_kept_and_a_short_run_logs_its_losses(tmp_p
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     for step in (2, 4, 5):
         assert f"step {step}/5: train_loss" in logged(tmp_path)
+
+
+def test_a_checkpoint_that_is_written_while_training_goes_on_is_that_of_its_update(
+    tmp_path: Path, train_flags: Flags, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, update = [], training.update
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        started.append(threading.current_thread())
+        assert next_update.wait(60)
+        save_file(*args, **kwargs)
+
+    def counted(*args: Any) -> Any:
+        result = update(*args)
+        if started:  # the update after checkpoint 2 has changed the weights
+            next_update.set()
+        return result
+
+    next_update = threading.Event()
+    monkeypatch.setattr("dp_gen.resume.save_file", slow)
+    monkeypatch.setattr(training, "update", counted)
+    assert train_main(train_flags(tmp_path, "--max_train_steps", "3", "--keep_interval", "2")) == 0
+    assert len(started) == 1 and started[0] is not threading.main_thread()
+    assert_same_run(tmp_path, finished_run, 2)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import Compose, Normalize, ToTensor, v2
 
 from fafa import transforms
-from fafa.transforms import MEAN, STD, RandomCrop, SquarePad, TargetPad, build_transforms
+from fafa.transforms import MEAN, STD, RandomCrop, SquarePad, TargetPad, build_transforms, normalised
 from tbps_common.errors import InputError
 
 
@@ -37,6 +38,38 @@ def test_training_transform_refuses_a_picture_smaller_than_its_crop(golden: Any)
     case = golden("transforms")
     with Image.open(case.folder / "portrait.png") as opened, pytest.raises(ValueError, match="does not fit"):
         transforms.squarepad_transform_train(36)(opened.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", ["squarepad", "targetpad", "resize"])
+def test_pictures_end_as_torchvisions_first_transforms_end_them(name: str) -> None:
+    """To the bit; `v2.ToDtype` multiplies by the inverse of 255, which differs in the last place."""
+    tail = Compose([ToTensor(), Normalize(MEAN, STD)])
+    pipeline, image = build_transforms(name, 32).test, picture(192, 384)
+    small = image
+    for step in pipeline.steps:
+        small = step(small)
+    assert torch.equal(pipeline(image), tail(small))
+    together = torch.stack([pipeline.pixels(image)] * 2)
+    assert together.dtype == torch.uint8 and torch.equal(normalised(together)[1], pipeline(image))
+
+
+@pytest.mark.parametrize(("width", "height"), [(192, 384), (173, 365), (40, 97), (230, 420), (172, 364), (212, 364)])
+@pytest.mark.parametrize("size", [(384, 192), (20, 30), (21, 30)])
+def test_one_paste_pads_crops_and_pads_as_three_steps_do(width: int, height: int, size: tuple[int, int]) -> None:
+    image = picture(width, height)
+    apart = v2.Compose([v2.Pad(10), RandomCrop(size), SquarePad()])
+    at_once = RandomCrop(size, padding=10, square=True)
+    if width + 20 < size[1] or height + 20 < size[0]:
+        for steps in (apart, at_once):
+            with pytest.raises(ValueError, match=f"{height + 20} x {width + 20}"):
+                steps(image)
+        return
+    for seed in range(12):
+        results = []
+        for steps in (apart, at_once):
+            torch.manual_seed(seed)
+            results.append((np.asarray(steps(image)), torch.rand(1)))
+        assert np.array_equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize(("width", "height"), [(192, 384), (40, 97), (97, 40), (50, 50), (1, 400)])

@@ -15,11 +15,12 @@ from cmlfa.published import PUBLISHED
 from cmlfa.run_directory import find_directory
 from cmlfa.trained import open_trained
 from tbps_common.datasets.raw import RawDataset
+from tbps_common.models.source import results_folder
 from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
 from tbps_common.report.published import published_report
-from tbps_common.run.device import device_sentence
+from tbps_common.run.device import allow_tf32, device_sentence
 from tbps_common.run.logs import run_log
 
 # The CMC curve is drawn up to this rank, or the size of a smaller gallery.
@@ -40,10 +41,11 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> int:
     Returns:
         Exit status: 1 if the result is not what `--require_published` asks for.
     """
-    directory = find_directory(options, flags)
+    directory = results_folder(find_directory(options, flags))
     if options.dataset_name != load_train_configs(flags.config_file)["dataset_name"]:
         directory /= options.dataset_name  # never over the results on the data set of the training
     report = Path(flags.report_dir or directory)
+    allow_tf32(flags.tf32)
     with run_log("IRRA", "cmlfa") as log:
         trained = open_trained(flags, options)
         report.mkdir(parents=True, exist_ok=True)

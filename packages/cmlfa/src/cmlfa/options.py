@@ -13,7 +13,14 @@ from typing import Any
 
 from cmlfa.model.settings import ADDED, AUTHORS, ModelSettings, flag, image_size, problem_of
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import BAD_IMAGES, HelpFormatter, add_require_published_flag, number, whole_number
+from tbps_common.run.arguments import (
+    BAD_IMAGES,
+    HelpFormatter,
+    add_require_published_flag,
+    add_tf32_flag,
+    number,
+    whole_number,
+)
 from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 DATASET_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
@@ -275,6 +282,7 @@ def test_parser() -> argparse.ArgumentParser:
         help="where to write the results (default: the run directory; for a data set other than the training one, a "
         "folder of that name in the run directory)",
     )
+    add_tf32_flag(parser)
     add_require_published_flag(parser)
     return parser
 

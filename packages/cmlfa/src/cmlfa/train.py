@@ -148,7 +148,7 @@ def _train(options: Options, data: RawDataset, run: Run, closing: ExitStack) -> 
                 save_last(all_rng_states(run.ranks) if state.iteration else state.epoch_rng or [])
                 return _stopped(run, epoch, directory)
             seconds = time.perf_counter() - started
-            _log_speed(epoch, seconds, batches=state.iteration - trained_before, samples=samples)
+            _log_speed(epoch, seconds, state.iteration - trained_before, samples, run.waiting.share)
         _write_scalars(writer, {"lr": lr, "temperature": options.temperature, **shown_averages(meters)}, epoch)
 
         # The evaluation.
@@ -357,12 +357,13 @@ def _log_step(where: str, meters: Meters, lr: float) -> None:
     logger.info("%s%s, Base Lr: %.2e", where, averages, lr)
 
 
-def _log_speed(epoch: int, seconds: float, *, batches: int, samples: int) -> None:
+def _log_speed(epoch: int, seconds: float, batches: int, samples: int, waiting: float) -> None:
     logger.info(
-        "Epoch %d done. Time per batch: %.3f[s] Speed: %.1f[samples/s]",
+        "Epoch %d done. Time per batch: %.3f[s] Speed: %.1f[samples/s] Waiting for data: %.0f%%",
         epoch,
         seconds / max(1, batches),
         samples / seconds,
+        100 * waiting,
     )
 
 

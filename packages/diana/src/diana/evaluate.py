@@ -29,7 +29,7 @@ from tbps_common.report.evaluation import write_evaluation
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
 from tbps_common.report.published import compare_with_published, published_report
 from tbps_common.run.checkpoint import fingerprint
-from tbps_common.run.device import choose_device
+from tbps_common.run.device import allow_tf32, choose_device
 
 CMC_RANKS = 50
 _STEPS = re.compile(r"checkpoint-(\d+)")
@@ -88,6 +88,7 @@ def evaluate_checkpoints(options: EvalOptions) -> int:
                 f"--mode {options.mode} needs the attribute refiner, which {pretrained} does not have: use --mode global"
             )
     device = choose_device(options.device)
+    allow_tf32(options.tf32)
     torch.manual_seed(options.seed)
     rows: list[Row] = []
     checkpoints = sorted_checkpoints(options.pretrained)

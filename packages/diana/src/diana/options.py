@@ -18,6 +18,7 @@ from tbps_common.run.arguments import (
     HelpFormatter,
     add_bad_images_flag,
     add_require_published_flag,
+    add_tf32_flag,
     number,
     whole_number,
 )
@@ -129,6 +130,7 @@ class EvalOptions(argparse.Namespace):
     text_batch_size: int
     pictures: int
     require_published: float | None
+    tf32: bool
 
 
 def boolean(text: str) -> bool:
@@ -325,6 +327,7 @@ def build_eval_parser() -> argparse.ArgumentParser:
     )
     add("--text_batch_size", type=whole_number(1), default=256, help="dialogues encoded at once")
     add("--pictures", type=whole_number(0), default=6, help="queries in the ranked list; 0: no pictures")
+    add_tf32_flag(ours)
     add_require_published_flag(ours)
     return parser
 

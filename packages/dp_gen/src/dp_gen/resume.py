@@ -4,6 +4,7 @@ output_dir/checkpoint-<update>/
   model.safetensors  optimizer.bin  scheduler.bin  [scaler.pt]  random_states_<rank>.pkl  progress.json
 """
 
+import copy
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -175,55 +177,141 @@ def _is_whole_archive(file: Path) -> bool:
 # Writing one.
 
 
-def save_weights_of(accelerator: Any, model: nn.Module) -> None:
-    """Let `accelerator.save_state` write the weights of the model itself, whether it is wrapped for DDP or not."""
+class CheckpointWriter:
+    """Writes `checkpoint-<update>` beside the training, which waits only while what it changes is copied.
 
-    def write(models: list[Any], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-            save_file(state, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    At the paper's size a checkpoint is 11.6 GB. Its copy lies in the memory of the host until it is written; there is never
+    more than one, because the next checkpoint waits for it. As a context it ends when all is written.
 
-    accelerator.register_save_state_pre_hook(write)
-
-
-def save_checkpoint(accelerator: Any, output_dir: Path, position: Position) -> Path:
-    """Write `checkpoint-<update>`; every process must call it.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind, an earlier folder stays.
+    Args:
+        accelerator: of the run.
+        model: not as it is wrapped for several processes.
+        optimizer: of `accelerator.prepare`.
+        scheduler: of `accelerator.prepare`.
+        output_dir: folder of the checkpoints.
+        prune: called with the update of a checkpoint as soon as that is there.
     """
-    target = checkpoint_folder(output_dir, position.step)
-    with _new_folder(target, accelerator) as folder:
-        accelerator.save_state(str(folder))
-        if accelerator.is_main_process:
-            write_json(folder / POSITION, asdict(position))
-    return target
 
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        output_dir: Path,
+        prune: Callable[[int], None],
+    ):
+        self.accelerator, self.output_dir, self.prune = accelerator, output_dir, prune
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-@contextmanager
-def _new_folder(target: Path, accelerator: Any) -> Iterator[Path]:
-    """Yield a temporary folder; at the end it takes the place of `target`, flushed to disk."""
-    partial = target.with_name(f"{target.name}.tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        with write_errors(target):
-            yield partial
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._thread.shutdown()
+        if error[0] is None:
+            self.wait()
+
+    def save(self, position: Position) -> Path:
+        """Begin to write a checkpoint; every process must call it.
+
+        Returns:
+            Its folder, which is there after `wait`.
+
+        Raises:
+            OSError: this one or the one before it cannot be written; nothing of it is left behind, an earlier folder stays.
+        """
+        self.wait()
+        target = checkpoint_folder(self.output_dir, position.step)
+        partial, main = target.with_name(f"{target.name}.tmp"), self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        with _removed_on_error(partial if main else None), write_errors(target):
+            torch.save(
+                _random_states(self.accelerator.step), partial / f"random_states_{self.accelerator.process_index}.pkl"
+            )
+        self.accelerator.wait_for_everyone()
+        if main:
+            self._writing = self._thread.submit(self._write, partial, target, *self._copies(), asdict(position))
+        return target
+
+    def wait(self) -> None:
+        """Until all is written; raises as `save`."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _copies(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The weights, and the other files; weights that are not trained are not copied."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        weights = {
+            name: tensor if name in frozen else tensor.to("cpu", copy=True)
+            for name, tensor in self.model.state_dict().items()
+        }
+        states = {
+            OPTIMIZER: _host_copy(self.optimizer.state_dict()),
+            SCHEDULER: _host_copy(self.scheduler.state_dict()),
+        }
+        if self.accelerator.scaler is not None:
+            states[SCALER] = self.accelerator.scaler.state_dict()
+        return weights, states
+
+    def _write(
+        self,
+        partial: Path,
+        target: Path,
+        weights: dict[str, torch.Tensor],
+        states: dict[str, Any],
+        position: dict[str, int],
+    ) -> None:
+        """Fill the temporary folder, flush it to disk, and let it take the place of `target`."""
+        with _removed_on_error(partial), write_errors(target):
+            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
+            for name, state in states.items():
+                torch.save(state, partial / name)
+            write_json(partial / POSITION, position)
             for file in partial.iterdir():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-        accelerator.wait_for_everyone()
+        logger.info("saved %s", target)
+        self.prune(position["step"])
+
+
+@contextmanager
+def _removed_on_error(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _host_copy(value: Any) -> Any:
+    """The value with copies of all its tensors in the memory of the host."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _host_copy(item) for name, item in value.items()}
+    return [_host_copy(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
+
+
+def _random_states(step: int) -> dict[str, Any]:
+    """Of this process, as accelerate stores them, with accelerate's own count of batches."""
+    states = {
+        "step": step,
+        "random_state": random.getstate(),
+        "numpy_random_seed": np.random.get_state(),
+        "torch_manual_seed": torch.get_rng_state(),
+    }
+    return {**states, "torch_cuda_manual_seed": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else states
 
 
 def remove_partial(output_dir: Path) -> None:

@@ -42,6 +42,7 @@ from dp_gen.model.parts import load_generation_scheduler, load_training_schedule
 from dp_gen.model.pipeline import DiversePersonPipeline, settings_of
 from dp_gen.optim import build_lr_scheduler, build_optimizer, set_trainable
 from dp_gen.resume import (
+    CheckpointWriter,
     Position,
     find_checkpoint,
     last_good_checkpoint,
@@ -50,8 +51,6 @@ from dp_gen.resume import (
     remove_partial,
     restore,
     restore_random_state,
-    save_checkpoint,
-    save_weights_of,
 )
 from dp_gen.tracking import PROJECT, LossHistory, trackers
 from tbps_common.errors import InputError
@@ -127,7 +126,6 @@ def train(args: argparse.Namespace) -> int:
         optimizer = build_optimizer(model, args)
         scheduler = build_lr_scheduler(optimizer, args)
         network, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-        save_weights_of(accelerator, model)
         if run.ranks.rank and not args.same_noise_on_ranks:
             torch.manual_seed(item_seed(seed, 0, run.ranks.rank))  # noise of its own for every process
         position = Position()
@@ -141,12 +139,18 @@ def train(args: argparse.Namespace) -> int:
         open_output(args, accelerator, run, settings, first=position.step + 1)
 
         # The loop.
-        finite = FiniteLoss(accelerator.device, partial(not_finite, args))
+        keep = (
+            partial(prune, output_dir, interval=args.keep_interval)
+            if args.keep_only_last_checkpoint
+            else (lambda _: None)
+        )
+        checkpoints = CheckpointWriter(accelerator, model, optimizer, scheduler, output_dir, keep)
+        finite = FiniteLoss(accelerator.device, partial(not_finite, args, checkpoints))
         history = LossHistory(accelerator, finite)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         stopped = False
         bar = progress_bar(args.max_train_steps, initial=position.step, unit="update", enabled=run.is_main)
-        with bar, attention_kernels(args):
+        with bar, attention_kernels(args), checkpoints:
             network.train()
             for batches in updates(run, loader, order, position, args, accelerator.device):
                 rate = scheduler.get_last_lr()[0]
@@ -166,17 +170,18 @@ def train(args: argparse.Namespace) -> int:
                     break
                 if position.step % args.checkpointing_steps == 0:
                     history.report(bar)
-                    save(accelerator, position, args)
+                    checkpoints.save(position)
                     report_replaced(replaced, dataset)
             history.report(bar)
+            stopped = stopped or position.step < args.max_train_steps
+            if stopped:
+                checkpoints.save(position)
 
         # What is left behind.
         report_replaced(replaced, dataset)
-        stopped = stopped or position.step < args.max_train_steps
         if stopped:
-            folder = save(accelerator, position, args)
             advice = "resume with --resume_from_checkpoint latest"
-            logger.info("stopped after update %d; %s (%s)", position.step, advice, folder)
+            logger.info("stopped after update %d; %s", position.step, advice)
         elif run.is_main:
             scheduler = load_generation_scheduler(args)
             DiversePersonPipeline(model, tokenizer, scheduler, settings).save_pretrained(output_dir)
@@ -240,15 +245,6 @@ def updates(
                     return
         if used < order.batches_per_epoch:
             return
-
-
-def save(accelerator: Accelerator, position: Position, args: argparse.Namespace) -> Path:
-    """Write `checkpoint-<update>`, then delete what need not be kept; every process must call it."""
-    folder = save_checkpoint(accelerator, Path(args.output_dir), position)
-    if accelerator.is_main_process and args.keep_only_last_checkpoint:
-        prune(folder.parent, position.step, args.keep_interval)
-    logger.info("saved %s", folder)
-    return folder
 
 
 def build_accelerator(args: argparse.Namespace, ranks: Ranks) -> Accelerator:
@@ -369,7 +365,8 @@ def report_replaced(replaced: ReplacedItems | None, dataset: DiversePersonDatase
         logger.warning("%s", sentence)
 
 
-def not_finite(args: argparse.Namespace, step: int) -> str:
+def not_finite(args: argparse.Namespace, checkpoints: CheckpointWriter, step: int) -> str:
+    checkpoints.wait()
     kept = last_good_checkpoint(Path(args.output_dir))
     last = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been written yet"
     return (

@@ -105,7 +105,7 @@ def collate_fn(items: Sequence[Any]) -> Any:
         items: triplets of `SynCPRDataset`, None for those that could not be loaded.
 
     Returns:
-        References `[B, 3, d, d]`, targets `[B, 3, d, d]`, B captions, and int64 `[B]` group ids.
+        References and targets `[B, 3, d, d]`, as the transform gives them; B captions, and int64 `[B]` group ids.
 
     Raises:
         DatasetError: no item of the batch could be loaded.

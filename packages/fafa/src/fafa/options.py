@@ -11,7 +11,7 @@ from typing import Any
 
 from fafa.model.settings import MODEL_NAME
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import HelpFormatter, add_require_published_flag, number, whole_number
+from tbps_common.run.arguments import HelpFormatter, add_require_published_flag, add_tf32_flag, number, whole_number
 from tbps_common.search.options import add_gallery_flags, add_hit_flags
 
 TRANSFORMS = ("squarepad", "targetpad", "resize")
@@ -309,8 +309,9 @@ The paper's command, run from packages/fafa:
     --itcpr-root /path/to/ITCPR \\
     --batch-size 256
 
-Writes inference_results_<model-name>.json, evaluation.json, cmc.png and ranked_list.png into the run directory. A
-downloaded model needs <dir>/training_hyperparameters.json and <dir>/saved_models/<file>.pt.
+Writes inference_results_<model-name>.json, evaluation.json, cmc.png and ranked_list.png into the run directory; for a
+model named on the hub, into results/<owner>--<name>. A downloaded checkpoint needs <dir>/training_hyperparameters.json and
+<dir>/saved_models/<file>.pt.
 """
 INDEX = """\
 Compute the features of all images of a folder once, for fafa-search:
@@ -343,6 +344,7 @@ def inference_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print and write the metrics for several numbers of averaged tokens, from the same features",
     )
     ours.add_argument("--report-dir", help="folder of evaluation.json and the pictures; by default the run directory")
+    add_tf32_flag(ours)
     add_require_published_flag(ours)
     return parser.parse_args(argv)
 

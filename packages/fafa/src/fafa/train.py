@@ -134,7 +134,7 @@ class Training:
         dataset = SynCPRDataset(
             args.syncpr_data_path,
             args.json_path,
-            preprocess=transforms.train,
+            preprocess=transforms.train.pixels,
             setting=args.setting,
             records=inputs.triplets,
             on_error=args.bad_images,
@@ -148,7 +148,7 @@ class Training:
         self.precision = StepPrecision(args.amp_dtype, run.device)
         self.weights = {"loss_fda": args.loss_fda, "loss_fd": args.loss_fd, "loss_mfr": args.loss_mfr}
         self.validator = Validator(
-            self.model, inputs.itcpr, transforms.test, args, run.ranks, lambda: run.interruption.requested
+            self.model, inputs.itcpr, transforms.test.pixels, args, run.ranks, lambda: run.interruption.requested
         )
         self.meters, self.finite = Meters(), FiniteLoss(run.device, self._not_finite)
         self.progress = Progress()
@@ -270,7 +270,8 @@ class Training:
             began, first = self._clock
             rate = (self._steps_done - first) / (time.perf_counter() - began)
             learning_rate = self.scheduler.get_last_lr()[0]
-            logger.info("%s step %d, lr %.3g, %.2f steps/s", self._line(), number, learning_rate, rate)
+            line = "%s step %d, lr %.3g, %.2f steps/s, %.0f%% of the time waiting for data"
+            logger.info(line, self._line(), number, learning_rate, rate, 100 * self.run.waiting.share)
         if number % args.validation_step == 0 and number != 0:
             progress.pending = "step"
             self._validate_by_step()

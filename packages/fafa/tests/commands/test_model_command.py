@@ -12,7 +12,7 @@ import torch
 from fafa.checkpoint import official_state_dict
 from fafa.cli import infer_main, train_main
 from fafa.model import Blip2FAFACPR
-from tbps_common.cli import model_main
+from tbps_common.cli import index_main, model_main
 from tbps_common.models.export import open_encoder
 from tbps_common.report.evaluation import read_evaluation
 from tbps_world.tiny.fafa import TINY_MODEL
@@ -86,13 +86,25 @@ def test_half_precision_and_tied_matrices_come_through(trained_run: Path, tmp_pa
 
 
 def test_a_hub_folder_is_evaluated_and_trained_from_like_a_run(
-    hub: Path, trained_run: Path, toy: Path, train_flags: Callable[..., list[str]], tmp_path: Path
+    hub: Path,
+    trained_run: Path,
+    toy: Path,
+    train_flags: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     same = ["--itcpr-root", str(toy / "itcpr"), "--device", "cpu", "--num-workers", "0"]
     run = Path(shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("training_state")))
     assert infer_main(["--exp-dir", str(run), "--model-name", NAME, *same]) == 0
-    assert infer_main(["--exp-dir", str(hub), *same]) == 0
-    ours, theirs = (read_evaluation(folder / "evaluation.json") for folder in (hub, run))
+    snapshot = shutil.copytree(hub, tmp_path / "models--owner--name" / "snapshots" / "0")
+    held = sorted(path.name for path in snapshot.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert infer_main(["--exp-dir", str(snapshot), *same]) == 0
+    assert sorted(path.name for path in snapshot.iterdir()) == held  # nothing of ours comes into the hub's cache
+    assert (tmp_path / "results" / "owner--name" / "inference_results_tuned_recall_at1_step.pt.json").is_file()
+    pictures = ["--images", str(toy / "itcpr"), "--out", "g.lance", "--device", "cpu"]
+    assert index_main(["--model", f"fafa:{hub}", *pictures]) == 0
+    ours, theirs = (read_evaluation(folder / "evaluation.json") for folder in (Path("results/owner--name"), run))
     assert ours["metrics"] == theirs["metrics"] and ours["fingerprint"] == theirs["fingerprint"]
     assert train_main(train_flags(tmp_path / "out", "--resume-path", str(hub), "--num-epochs", "1")) == 0
 

@@ -13,6 +13,7 @@ from fafa.checkpoint import official_named_parameters, official_state_dict
 from fafa.model import place
 from fafa.model.settings import BACKBONES, ModelSettings
 from fafa.optim import build_optimizer, build_scheduler
+from fafa.transforms import normalised
 from tbps_common.errors import InputError
 
 Tiny = Callable[..., Blip2FAFACPR]
@@ -44,6 +45,33 @@ def test_one_pass_of_the_vit_serves_reference_and_target(tiny: Tiny, batch: dict
     together = model.vit_states(torch.cat([batch["image"], batch["target"]]))
     apart = torch.cat([model.vit_states(batch["image"]), model.vit_states(batch["target"])])
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
+
+
+def test_folding_the_norm_into_keys_and_values_changes_neither_losses_nor_gradients(
+    tiny: Tiny, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for folded in (True, False):
+        model = tiny(use_dsu=False).double().train()
+        with torch.no_grad():  # where a mistake would show
+            model.ln_vision.weight.copy_(torch.linspace(-1, 2, 24))
+            model.ln_vision.bias.copy_(torch.linspace(1, -2, 24))
+        if not folded:
+            monkeypatch.setattr(type(model), "folded_norm", lambda self, states: (self.ln_vision(states), None))
+        torch.manual_seed(0)
+        losses = model({**batch, "image": batch["image"].double(), "target": batch["target"].double()})
+        total(losses).backward()
+        gradients = {name: p.grad for name, p in official_named_parameters(model) if p.grad is not None}
+        found.append({**losses, **gradients})
+    assert "ln_vision.bias" in found[0] and found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-9, rtol=1e-7)
+
+
+def test_a_model_normalises_pixels_itself(tiny: Tiny) -> None:
+    pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    model = tiny()
+    assert torch.equal(model.vit_states(pixels), model.vit_states(normalised(pixels)))
 
 
 @pytest.mark.parametrize("vit_model", ["eva_clip_g", "clip_L"])

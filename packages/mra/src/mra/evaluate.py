@@ -33,6 +33,7 @@ from tbps_common.errors import CheckpointError, InputError
 from tbps_common.ranking import evaluate_rows, rerank_rows, score_rows
 from tbps_common.report.published import compare_with_published, published_report
 from tbps_common.run.checkpoint import find_state_dict, load_checkpoint_file
+from tbps_common.run.device import allow_tf32
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.progress import progress_bar
 from tbps_common.run.randomness import seed_everything
@@ -71,6 +72,7 @@ def evaluate(config: dict[str, Any], args: argparse.Namespace, run: Run, annotat
         InputError: data, weights or checkpoint cannot be used.
     """
     seed_everything(args.seed + run.ranks.rank)
+    allow_tf32(args.tf32)
     settings, folder = with_overrides(config, args), Path(args.output_dir)
     tokenizer = build_tokenizer(settings["text_encoder"])
     state, beside = find_state_dict(

@@ -15,6 +15,7 @@ from tbps_common.run.arguments import (
     HelpFormatter,
     add_bad_images_flag,
     add_require_published_flag,
+    add_tf32_flag,
     number,
     whole_number,
 )
@@ -188,6 +189,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
         help="with --evaluate: also write evaluation JSON, CMC curve and ranked pictures",
     )
     add_require_published_flag(ours)
+    add_tf32_flag(ours)
     ours.add_argument("--amp_eval", action="store_true", help="evaluate under bfloat16 autocast, where there is a GPU")
     ours.add_argument(
         "--region_feat",

@@ -19,6 +19,7 @@ from mra.retrieval.rerank import IMAGE_CHUNK, SIMILARITY_WEIGHT, Matcher, match_
 from mra.text.augmentation import pre_caption
 from mra.text.tokens import build_tokenizer, tokenize
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.models.source import find_model, is_hub_folder
 from tbps_common.ranking import rerank
 from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
 from tbps_common.run.device import choose_device
@@ -62,19 +63,21 @@ def open_mra(
     """Build the model of a checkpoint and load its weights.
 
     Args:
-        place: the checkpoint.
+        place: the checkpoint, or a folder in the layout of the hub or its name there.
         device: of `--device`.
         trust: read a checkpoint that could run code.
         config_file: the configuration; by default what the checkpoint holds of it.
-        text_encoder: folder with vocab.txt, the only file of it that is read; by default the configuration's.
+        text_encoder: folder with vocab.txt, the only file of it that is read; by default the one in the layout of the hub,
+            or else the configuration's.
 
     Raises:
         InputError: the configuration, the vocabulary or the device cannot be used.
         CheckpointError: the checkpoint is missing, damaged, or of another model.
     """
     where = choose_device(device)
-    require_file(place, f"checkpoint {place}", "give the weights of a trained model")
-    state, rest = find_state_dict(load_checkpoint_file(place, trust=trust), source=place)
+    found = find_model(place, "--model mra:")
+    require_file(found, f"checkpoint {place}", "give the weights of a trained model")
+    state, rest = find_state_dict(load_checkpoint_file(found, trust=trust), source=place)
     config = load_config(config_file) if config_file else rest.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -83,7 +86,7 @@ def open_mra(
     missing = [key for key in ("h", "w", "max_tokens", "max_words", "text_encoder") if key not in config]
     if missing:
         raise InputError(f"{config_file or place}: the configuration is missing {', '.join(missing)}")
-    tokenizer = build_tokenizer(text_encoder or config["text_encoder"])
+    tokenizer = build_tokenizer(text_encoder or (found if is_hub_folder(found) else config["text_encoder"]))
     model = Retrieval(config, init_backbones=False)
     model.load_pretrained(state, config, is_eval=True)
     settings = {key: config.get(key) for key in _FEATURE_KEYS}

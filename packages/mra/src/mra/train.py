@@ -179,10 +179,8 @@ class Training:
         self.model.train()
         self.batches.set_position(position.epoch, position.batch)
         logger.info("Train Epoch: [%d]", position.epoch)
-        began, first, waited = time.perf_counter(), position.batch, 0.0
-        mark = began
+        began, first = time.perf_counter(), position.batch
         for batch in run.load(self.loader):
-            waited += time.perf_counter() - mark
             losses, stepped = training_step(
                 self.network, to_device(batch, run.device), region_weight, self.optimizer, self.precision
             )
@@ -190,12 +188,11 @@ class Training:
             position.batch += 1
             last = position.batch == count
             if (position.batch - 1) % self.args.log_every == 0 or last:
-                self._log_step(count, (time.perf_counter() - began) / (position.batch - first), waited, first)
+                self._log_step(count, (time.perf_counter() - began) / (position.batch - first), first)
             if run.stop_requested():
                 break
             if self.args.save_every and position.batch % self.args.save_every == 0 and not last:
                 self._save()
-            mark = time.perf_counter()
         position.trained = position.batch == count
         if self.replaced is not None and (sentence := self.replaced.report(self.dataset.image_path)):
             logger.warning("%s", sentence)
@@ -282,11 +279,15 @@ class Training:
         text = "".join(f"{line}\n" for line in self.position.log)
         write_text(self.folder / LOG_NAME, text if best_epoch is None else f"{text}best epoch: {best_epoch}")
 
-    def _log_step(self, count: int, seconds: float, waited: float, first: int) -> None:
+    def _log_step(self, count: int, seconds: float, first: int) -> None:
         self.finite.require()
         position, values = self.position, self.meters.latest()
         shown = [f"{name}: {value:.{6 if name == 'lr' else 4}f}" for name, value in values.items()]
-        shown += [f"time: {seconds:.4f}", f"data: {waited / (position.batch - first):.4f}"]
+        waiting = self.run.waiting
+        shown += [
+            f"time: {seconds:.4f}",
+            f"data: {waiting.seconds / (position.batch - first):.4f} ({waiting.share:.0%})",
+        ]
         if self.run.device.type == "cuda":
             shown.append(f"max mem: {torch.cuda.max_memory_allocated(self.run.device) / 2**20:.0f}")
         eta = datetime.timedelta(seconds=int((count - position.batch) * seconds))

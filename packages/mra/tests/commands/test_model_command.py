@@ -11,7 +11,9 @@ from mra import Retrieval
 from mra.cli import index_main, retrieval_main, search_main
 from mra.retrieval import encode_images, encode_texts
 from mra.text import build_tokenizer, tokenize
+from tbps_common.cli import index_main as tbps_index_main
 from tbps_common.cli import model_main
+from tbps_common.cli import search_main as tbps_search_main
 from tbps_common.models.export import open_encoder
 from tbps_common.report.evaluation import read_evaluation
 
@@ -81,9 +83,12 @@ def test_a_hub_folder_is_evaluated_trained_from_and_searched_with(
     assert retrieval_main(flags("cuhk", tmp_path / "ft", "--checkpoint", str(hub), "--epo", "1")) == 0
     images = in_world / "images" / "CUHK-PEDES"
     monkeypatch.chdir(tmp_path)  # the configuration, the vocabulary and the weights all come from the folder
+    model = ["--model", f"mra:{hub}", "--gallery", "g.lance", "--device", "cpu"]
+    assert tbps_index_main([*model, "--images", str(images), "--num_workers", "0"]) == 0
+    assert tbps_search_main([*model, "--text", "a man in red", "--judge", "2"]) == 0
     same = ["--checkpoint", str(hub), "--device", "cpu"]
-    assert index_main([*same, "--images", str(images), "--out", "g.safetensors", "--num_workers", "0"]) == 0
-    assert search_main([*same, "--index", "g.safetensors", "--text", "a man in red", "--rerank", "2"]) == 0
+    assert index_main([*same, "--images", str(images), "--out", "h.lance", "--num_workers", "0"]) == 0
+    assert search_main([*same, "--index", "h.lance", "--text", "a man in red", "--rerank", "2"]) == 0
 
 
 def test_a_bare_file_needs_its_configuration(

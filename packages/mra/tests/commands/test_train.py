@@ -50,7 +50,7 @@ def test_console_shows_iterations_and_the_table_of_all_epochs(
     shown = capsys.readouterr().out
     meters = r"lr: \d\.\d{6}  loss_itc: \d+\.\d{4}  loss_itm: \d+\.\d{4}  loss_mlm: \d+\.\d{4}  loss: \d+\.\d{4}"
     found = re.findall(
-        rf"Train Epoch: \[1\]  \[ *(\d+)/6\]  eta: [\d:]+  {meters}  time: [\d.]+  data: [\d.]+\n", shown
+        rf"Train Epoch: \[1\]  \[ *(\d+)/6\]  eta: [\d:]+  {meters}  time: [\d.]+  data: [\d.]+ \(\d+%\)\n", shown
     )
     assert found == ["0", "4", "5"]
     tables = re.findall(r"\| epoch \|.*?\n(?:.*\n)(?:\| +\d .*\n)+", shown)

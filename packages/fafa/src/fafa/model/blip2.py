@@ -11,11 +11,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from fafa.losses import MaskedFeaturePrediction
 from fafa.model.settings import ModelSettings
 from fafa.model.weights import Entry, layout
+from fafa.transforms import normalised
 
 Captions = Sequence[str] | Mapping[str, Tensor]
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -141,15 +143,21 @@ class Blip2(nn.Module):
         """Tokens of the ViT before `ln_vision`, `[B, N + 1, W]`: constant for an image when the ViT is frozen.
 
         No gradient is recorded for a frozen ViT. A half-precision ViT runs under autocast of its dtype.
+
+        Args:
+            image: `[B, 3, S, S]`, normalised, or uint8 as `Pipeline.pixels` gives it.
         """
         size = self.settings.image_size
         if image.dim() != 4 or tuple(image.shape[1:]) != (3, size, size):
             raise ValueError(f"Images must be [B, 3, {size}, {size}] (image_size), got {[*image.shape]}.")
+        image = image.to(self.device)
+        if image.dtype == torch.uint8:
+            image = normalised(image)
         dtype = self._vit_dtype()
         # Stored in half precision (`place`), the matrices meet a float32 residual stream: autocast joins them.
-        precision = nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
+        precision = torch.autocast(self.device.type, dtype=dtype) if dtype in _HALF.values() else nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.freeze_vit), precision:
-            return self.visual_encoder(image.to(self.device))
+            return self.visual_encoder(image)
 
     def image_states(self, image: Tensor) -> Tensor:
         """`ln_vision(ViT(image))` (E), `[B, N + 1, W]`."""
@@ -177,21 +185,55 @@ class Blip2(nn.Module):
     def _queries(self, count: int) -> Tensor:
         return self.query_tokens.expand(count, -1, -1)
 
-    def image_hidden(self, states: Tensor) -> Tensor:
-        """Hidden states of the query tokens that look at E: `[B, N + 1, W]` to `[B, T, H]`."""
-        # The size as `shape[0]`, not `len`: an exported model takes batches of every size.
-        return self.Qformer(queries=self._queries(states.shape[0]), image_states=states)
+    def folded_norm(self, vit_states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ln_vision` without its scale and shift, and Q-Former weights that bring them in again.
 
-    def fused_hidden(self, states: Tensor, captions: Captions) -> Tensor:
-        """Text `[CLS]` of the Q-Former on [queries, caption] with E: `[B, H]`."""
+        Keys and values are `K (g n + b) + c = (K g) n + (K b + c)`. Where the ViT is frozen, `n` is a constant: no gradient
+        has to go back through the image's tokens, and autocast casts them once for all layers.
+
+        Args:
+            vit_states: of a frozen ViT, `[B, N + 1, W]`.
+
+        Returns:
+            `n`, `[B, N + 1, W]`, without gradient, and weight and bias of the cross-attentions' keys and values by name: for
+            `image_hidden` and `fused_hidden`.
+        """
+        norm, kind = self.ln_vision, vit_states.device.type
+        with torch.autocast(kind, enabled=False):
+            wide = vit_states.to(torch.promote_types(vit_states.dtype, norm.weight.dtype))
+            bare = F.layer_norm(wide, norm.normalized_shape, eps=norm.eps).detach()
+            weights = {}
+            for name, module in self.Qformer.named_modules():
+                if isinstance(module, nn.Linear) and "crossattention" in name and name.endswith(("key", "value")):
+                    weights[f"{name}.weight"] = module.weight * norm.weight
+                    weights[f"{name}.bias"] = F.linear(norm.bias, module.weight, module.bias)
+        if torch.is_autocast_enabled(kind):
+            bare = bare.to(torch.get_autocast_dtype(kind))
+        return bare, weights
+
+    def image_hidden(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Hidden states of the query tokens that look at E: `[B, N + 1, W]` to `[B, T, H]`.
+
+        Args:
+            states: E, or with `weights` what `folded_norm` returns.
+            weights: of the Q-Former, by name, in place of its own.
+        """
+        # The size as `shape[0]`, not `len`: an exported model takes batches of every size.
+        return self._look({"queries": self._queries(states.shape[0]), "image_states": states}, weights)
+
+    def _look(self, inputs: dict[str, Tensor], weights: Mapping[str, Tensor] | None) -> Tensor:
+        return functional_call(self.Qformer, dict(weights), (), inputs) if weights else self.Qformer(**inputs)
+
+    def fused_hidden(self, states: Tensor, captions: Captions, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Text `[CLS]` of the Q-Former on [queries, caption] with E: `[B, H]`; `weights` as for `image_hidden`."""
         tokens = self.tokenize(captions)
-        hidden = self.Qformer(
-            queries=self._queries(states.shape[0]),
-            input_ids=tokens["input_ids"],
-            text_mask=tokens["attention_mask"],
-            image_states=states,
-        )
-        return hidden[:, self.num_query_token]
+        inputs = {
+            "queries": self._queries(states.shape[0]),
+            "input_ids": tokens["input_ids"],
+            "text_mask": tokens["attention_mask"],
+            "image_states": states,
+        }
+        return self._look(inputs, weights)[:, self.num_query_token]
 
     def _project_targets(self, hidden: Tensor) -> Tensor:
         return F.normalize(self.vision_proj(hidden), dim=-1)

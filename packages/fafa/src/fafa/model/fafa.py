@@ -83,8 +83,8 @@ class FAFA(Blip2):
         """All losses of a batch.
 
         Args:
-            samples: `image` (references) and `target`, `[B, 3, S, S]`; `text_input`, B captions or their encoding;
-                `query_id`, int64 `[B]`, equal for mutual positives.
+            samples: `image` (references) and `target`, `[B, 3, S, S]` as `vit_states` takes them; `text_input`, B captions or
+                their encoding; `query_id`, int64 `[B]`, equal for mutual positives.
             draws: numbers in place of random ones: `dsu_gate` (float), `dsu_eps_beta`, `dsu_eps_gamma` `[T, H]`,
                 `fd_indices` int64 `[n]`, `mfr_mask_A`, `mfr_mask_B` `[B, H]`. Absent ones are drawn, in this order.
 
@@ -97,10 +97,11 @@ class FAFA(Blip2):
         self.check_fda_k()
         image, target = samples["image"].to(self.device), samples["target"].to(self.device)
         # One pass of the ViT for both: the same numbers in half as many launches.
-        states = self.image_states(torch.cat([image, target]))
+        states = self.vit_states(torch.cat([image, target]))
+        states, weights = self.folded_norm(states) if self.settings.freeze_vit else (self.ln_vision(states), None)
         references, targets = states.split(len(image))
-        fused = self.fused_hidden(references, samples["text_input"])
-        hidden = self.image_hidden(targets)
+        fused = self.fused_hidden(references, samples["text_input"], weights)
+        hidden = self.image_hidden(targets, weights)
         ids = samples["query_id"]
         draws = dict(draws or {})
         if self.gather and dist.is_available() and dist.is_initialized():

@@ -314,7 +314,14 @@ def cmc_curve(path: str | os.PathLike[str], curves: Mapping[str, Sequence[float]
     for name, curve in curves.items():
         ranks = range(1, len(curve) + 1)
         marker = "o" if len(curve) <= 30 else ""
-        axes.plot(ranks, list(curve), marker=marker, markersize=4, linewidth=2, label=f"{name}  (R@1 {curve[0]:.1f} %)")
+        axes.plot(
+            ranks,
+            list(curve),
+            marker=marker,
+            markersize=4,
+            linewidth=2,
+            label=f"{_short(name)}  (R@1 {curve[0]:.1f} %)",
+        )
     lowest = min(min(curve) for curve in curves.values())
     axes.set_ylim(max(0.0, 10 * (lowest // 10) - 5), 102)
     axes.set_xlim(0.5, longest + 0.5)
@@ -330,3 +337,8 @@ def cmc_curve(path: str | os.PathLike[str], curves: Mapping[str, Sequence[float]
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return Path(path)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the plot; of a model's path, the end says most."""
+    return name if len(name) <= 60 else f"{name[:12]}\N{HORIZONTAL ELLIPSIS}{name[-47:]}"

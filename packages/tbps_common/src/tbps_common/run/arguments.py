@@ -60,6 +60,16 @@ def add_require_published_flag(parser: argparse.ArgumentParser | argparse._Argum
     )
 
 
+def add_tf32_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--tf32`, for `tbps_common.run.device.allow_tf32`."""
+    parser.add_argument(
+        "--tf32",
+        action="store_true",
+        help="encode in TF32 where a GPU computes in float32: several times as fast, features equal to about three digits; "
+        "similarities stay float32",
+    )
+
+
 def add_bad_images_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """`--bad_images stop | skip`, for `tbps_common.run.batches.replaced_items`."""
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`--device`: where a command computes."""
+"""`--device` and `--tf32`: where a command computes, and how exactly."""
 
 import torch
 
@@ -34,6 +34,15 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
             f"--device {requested} needs a GPU that torch can use, and there is none: run with --device cpu"
         )
     return torch.device("cpu")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let this process's float32 products on a GPU round their operands to TF32; rankings ask for their own precision."""
+    products = torch.backends.cuda.matmul
+    if allowed and hasattr(products, "fp32_precision"):  # torch 2.9 and later
+        products.fp32_precision = "tf32"
+    elif allowed:
+        products.allow_tf32 = True
 
 
 def device_sentence(requested: str, device: torch.device, precision: str) -> str:

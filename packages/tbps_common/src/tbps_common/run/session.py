@@ -1,9 +1,10 @@
 """What every training command opens first: its place among the processes, its device, its log, and its signals."""
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,19 @@ TIMEOUT_MINUTES = 120
 Batch = TypeVar("Batch")
 
 
+@dataclass
+class Waiting:
+    """How long a loop has waited for its data; by the host's clock, so on a GPU an upper limit of how long that waited."""
+
+    seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def share(self) -> float:
+        """Of the time since the loop began."""
+        return self.seconds / max(time.perf_counter() - self.began, 1e-9)
+
+
 @dataclass(frozen=True)
 class Run:
     """A training command between its flags and its exit status.
@@ -31,6 +45,7 @@ class Run:
         log: log lines, held back until there is a folder for their file.
         interruption: Ctrl-C and SIGTERM; entered before any loader process exists.
         stop_requested: whether any process was asked to stop; called at the same step on every process.
+        waiting: for the data of the latest `load`.
     """
 
     ranks: Ranks
@@ -38,6 +53,7 @@ class Run:
     log: RunLog
     interruption: Interruption
     stop_requested: AgreedStop
+    waiting: Waiting = field(default_factory=Waiting)
 
     @property
     def is_main(self) -> bool:
@@ -55,8 +71,13 @@ class Run:
         A SIGTERM to the whole process group reaches the loader's processes too. What was trained until then can be saved.
         """
         freeze_memory()
+        self.waiting.seconds, self.waiting.began = 0.0, time.perf_counter()
+        mark = self.waiting.began
         try:
-            yield from loader
+            for batch in loader:
+                self.waiting.seconds += time.perf_counter() - mark
+                yield batch
+                mark = time.perf_counter()
         except RuntimeError:
             if not self.interruption.requested or self.ranks.distributed:
                 raise

@@ -24,6 +24,7 @@ A model that is there, trained with the same settings, is kept.
 MODELS: dict[str, str] = {
     "swin_bert": "tbps_world.pretrain.swin_bert:train",
     "swin_llama": "tbps_world.pretrain.swin_llama:train",
+    "clip": "tbps_world.pretrain.clip:train_clip",
 }
 RECORD = "start.json"
 VERSION = 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call
+from tbps_world.toys.steps import START, START_HELP, StepFailed, call
 
 DESCRIPTION = """\
 Run the arms that test a paper's claims with several seeds, and write docs/claims/PAPER.json and PAPER.md: mean and spread of every
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
 
     flags = _parse(argv)
     paper, claims = PAPERS[flags.paper], flags.claims or (flags.out if flags.quick else "docs/claims")
-    file, start = Path(claims) / f"{flags.paper}.json", RANDOM if flags.quick else flags.start
+    file, start = Path(claims) / f"{flags.paper}.json", "random" if flags.quick else flags.start
     figures: Figures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     try:
         for seed in range(flags.seeds):
@@ -184,6 +184,6 @@ def _parse(argv: list[str]) -> Any:
     add("--seeds", type=whole_number(1), default=3, help="number of seeds")
     add("--out", metavar="DIR", default="build/claims", help="folder of the toys' runs")
     add("--claims", metavar="DIR", help="folder of the figures (default: docs/claims, with --quick OUT)")
-    add_start(parser)
+    add("--start", metavar="DIR", default=START, help=START_HELP)
     add("--quick", action="store_true", help="runs of a few steps, which say nothing")
     return parser.parse_args(argv)

@@ -14,11 +14,12 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
-from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+from tbps_world.toys.steps import START, START_HELP, StepFailed, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own train command, test it with the
-paper's own test command, and show what comes out. Needs no download and no GPU.
+paper's own test command, and show what comes out. Needs no download and no GPU. The paper starts from OpenAI's CLIP; here
+a tiny one takes its place, which tbps-train-tiny has trained on other synthetic persons.
 
 The model is trained with --lfa_attention parts: its features depend on nothing but the image or the sentence. With
 `cmlfa-toy --lfa_attention parts batch` a second one is trained the released code's way, whose features and scores
@@ -40,7 +41,27 @@ README_FLAGS_AFTER_DATA = (
     *("--mlm_loss_weight", "0.5"),
 )
 
-# What is appended, so that a model of random weights learns on a CPU within minutes. The last value of a flag counts.
+# What is appended, so that a tiny model learns on a CPU within minutes. The last value of a flag counts. Without the MLM
+# loss an epoch takes half the time: at this size the product with the 49,408 words costs more than all the rest.
+LEARNING_FLAGS = (
+    *("--loss_names", "sdm+id+itc"),
+    *("--batch_size", "32"),
+    *("--num_epoch", "40"),
+    *("--text_length", "40"),
+    *("--lfa_layers", "2"),
+    *("--num_workers", "0"),
+    *("--optimizer", "AdamW"),
+    *("--temperature", "0.07"),
+    *("--warmup_epochs", "1"),
+    *("--lfa_dropout", "0.1"),
+    *("--val_dataset", "val"),
+    *("--eval_period", "5"),
+    *("--log_period", "50"),
+)
+# The size of the trained start, and how far training moves from it.
+START_FLAGS = (*("--img_size", "96,96"), *("--stride_size", "16"), *("--lr", "3e-4"), *("--num_epoch", "15"))
+# With --start random. The paper's fine-tuning recipe (lr 1e-5, temperature 0.02) does not leave the plateau from there.
+RANDOM_FLAGS = (*("--img_size", "128,64"), *("--stride_size", "8"), *("--lr", "1e-3"))
 TINY_CLIP_FLAGS = (
     *("--width", "64"),
     *("--layers", "2"),
@@ -49,28 +70,7 @@ TINY_CLIP_FLAGS = (
     *("--grid", "16"),
     *("--context_length", "40"),
 )
-SIZE_FLAGS = (
-    *("--img_size", "128,64"),
-    *("--stride_size", "8"),
-    *("--text_length", "40"),
-    *("--lfa_layers", "2"),
-    *("--num_workers", "0"),
-)
-# The fine-tuning recipe (lr 1e-5, temperature 0.02) does not leave the plateau from random weights. Without the MLM loss
-# an epoch takes half the time: at this size the product with the 49,408 words costs more than all the rest.
-LEARNING_FLAGS = (
-    *("--loss_names", "sdm+id+itc"),
-    *("--batch_size", "32"),
-    *("--num_epoch", "40"),
-    *("--optimizer", "AdamW"),
-    *("--lr", "1e-3"),
-    *("--temperature", "0.07"),
-    *("--warmup_epochs", "1"),
-    *("--lfa_dropout", "0.1"),
-    *("--val_dataset", "val"),
-    *("--eval_period", "5"),
-    *("--log_period", "50"),
-)
+RANDOM_CLIP = "tiny_clip.pt"
 # Test batches of each model: the released default and, where the result depends on it, the training batch.
 TEST_BATCHES = {"parts": (512,), "batch": (512, 64)}
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
@@ -84,10 +84,14 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     try:
         _make_world(out / "world", flags.preset)
-        _make_tiny_clip(out / "tiny_clip.pt")
+        if flags.start == "random":
+            clip = out / RANDOM_CLIP
+            _make_tiny_clip(clip)
+        else:
+            clip = start_weights(["clip"], flags.start)[0] / "clip.pt"
         rows = []
         for attention in flags.lfa_attention:
-            run_directory = _train(out, attention, flags.epochs)
+            run_directory = _train(out, train_arguments(out, attention, clip, flags.epochs), attention)
             for batch in TEST_BATCHES[attention]:
                 rows.append((attention, batch, _test(run_directory, batch)))
     except StepFailed as failure:
@@ -110,25 +114,31 @@ def _make_tiny_clip(path: Path) -> None:
     call("cmlfa-make-tiny-clip", cmlfa_tiny_main, arguments)
 
 
-def train_arguments(out: Path, attention: str, epochs: int | None = None) -> list[str]:
-    """The README's flags with the toy's data folder, then everything appended to them."""
+def train_arguments(out: Path, attention: str, clip: Path, epochs: int | None = None) -> list[str]:
+    """The README's flags with the toy's data folder, then everything appended to them.
+
+    Args:
+        out: folder of the toy.
+        attention: `parts` or `batch`.
+        clip: the start weights; a file named `RANDOM_CLIP` holds random ones.
+        epochs: instead of the tuned number.
+    """
     return [
         *README_FLAGS,
         *("--root_dir", str(out / "world")),
         *README_FLAGS_AFTER_DATA,
         *("--name", f"cmlfa_{attention}", "--output_dir", str(out / "logs")),
-        *("--pretrain_choice", str(out / "tiny_clip.pt")),
-        *SIZE_FLAGS,
+        *("--pretrain_choice", str(clip.resolve())),
         *LEARNING_FLAGS,
+        *(RANDOM_FLAGS if clip.name == RANDOM_CLIP else START_FLAGS),
         *("--lfa_attention", attention),
         # A short run is evaluated after every epoch, or it might end without a best.pth.
         *(("--num_epoch", str(epochs), "--eval_period", "1" if epochs < 5 else "5") if epochs else ()),
     ]
 
 
-def _train(out: Path, attention: str, epochs: int | None) -> Path:
+def _train(out: Path, arguments: list[str], attention: str) -> Path:
     """Train, or go on with a run of the same flags; returns the run directory."""
-    arguments = train_arguments(out, attention, epochs)
     earlier = _newest_run(out, attention)
     if earlier is not None and (earlier / "last.pth").is_file() and _same_flags(earlier, arguments):
         arguments += ["--resume", "--resume_ckpt_file", str(earlier / "last.pth")]
@@ -227,6 +237,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="small",
         help="size of the world (default: %(default)s)",
     )
+    parser.add_argument("--start", metavar="DIR", default=START, help=f"{START_HELP} (default: %(default)s)")
     parser.add_argument("--epochs", type=whole_number(1), help="epochs of each model instead of the tuned number")
     parser.add_argument(
         "--lfa_attention",

@@ -6,18 +6,17 @@ Every step is an ordinary command, echoed before it runs. A second call continue
 import argparse
 import csv
 import json
-import os
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter
 from tbps_world.toys.mra import CHOSEN
-from tbps_world.toys.steps import StepFailed, call, echo, run_child
+from tbps_world.toys.steps import StepFailed, call
 
 DESCRIPTION = """\
 Train the models of cmlfa-toy, mra-toy, fafa-toy and diana-toy (or take those that are there), draw another world, index
@@ -29,7 +28,7 @@ MARK = "<!-- Everything below was written by compare-toy. -->"
 SEED = "1"  # the toys' own worlds have seed 0
 # Of each toy: what it leaves when it has ended, and flags that end it within a minute or two.
 TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cmlfa": ("metrics.json", ("--preset", "tiny", "--epochs", "2")),
+    "cmlfa": ("metrics.json", ("--preset", "tiny", "--epochs", "2", "--start", "random")),
     "mra": ("metrics.json", ("--preset", "tiny", "--networks", "tiny", "--sda_epochs", "1", "--cuhk_epochs", "2")),
     "fafa": ("metrics.json", ("--ids", "48", "--epochs", "1")),
     "diana": (
@@ -53,6 +52,7 @@ def main(argv: list[str]) -> int:
     out = Path(flags.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     folders = {paper: Path(getattr(flags, paper) or out / paper).resolve() for paper in TOYS}
+    page = Path(flags.page or out / "comparison.md").resolve()
     started = time.perf_counter()
     try:
         for paper, folder in folders.items():
@@ -60,23 +60,11 @@ def main(argv: list[str]) -> int:
         people = _draw(out, "tiny" if flags.quick else "small")
         models = _models(folders, flags.clip)
         # MRA's checkpoint names its vocabulary relative to the folder of its training.
-        for model in models.values():
-            _run(
-                folders["mra"],
-                "tbps-index",
-                ["--model", model, "--images", str(people / "gallery.txt"), "--out", str(people / "people.lance")]
-                + ["--metadata", str(people / "gallery.csv")],
-            )
-        for task, (papers, more) in TASKS.items():
-            arguments = ["--gallery", str(people / "people.lance"), "--queries", str(people / f"{task}.jsonl")]
-            arguments += [word for paper in papers for word in ("--model", models[paper])]
-            arguments += ["--identity", "outfit", *more, "--out", str(out / f"comparison_{task}")]
-            toys = [folders[paper] / TOYS[paper][0] for paper in papers if paper in TOYS]
-            if not _is_done(out / f"comparison_{task}" / "comparison.json", toys, models["clip"]):
-                _run(folders["mra"], "tbps-compare", arguments)
+        with chdir(folders["mra"]):
+            _compare(out, people, folders, models)
     except StepFailed as failure:
         return failure.status
-    _conclude(out, people, Path(flags.page or out / "comparison.md"), models)
+    _conclude(out, people, page, models)
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
@@ -105,8 +93,11 @@ def _models(folders: dict[str, Path], clip: str | None) -> dict[str, str]:
             raise InputError(
                 f"--{paper} {folders[paper]} holds no run of {paper}-toy: name the folder that its --out named"
             )
+    from cmlfa.config import load_train_configs
+
+    start = load_train_configs(runs["cmlfa"][-1])["pretrain_choice"]
     return {
-        "clip": f"clip:{clip or folders['cmlfa'] / 'tiny_clip.pt'}",
+        "clip": f"clip:{clip or start}",
         "cmlfa": f"cmlfa:{runs['cmlfa'][-1].parent}",
         "mra": f"mra:{folders['mra'] / CHOSEN}",
         "fafa": f"fafa:{runs['fafa'][-1].parent}",
@@ -158,6 +149,23 @@ def _draw(out: Path, preset: str) -> Path:
     return world
 
 
+def _compare(out: Path, people: Path, folders: dict[str, Path], models: dict[str, str]) -> None:
+    """Index the people with every model, and ask what has not been asked yet."""
+    from tbps_common.cli import compare_main, index_main
+
+    gallery = str(people / "people.lance")
+    for model in models.values():
+        arguments = ["--model", model, "--images", str(people / "gallery.txt"), "--out", gallery]
+        call("tbps-index", index_main, [*arguments, "--metadata", str(people / "gallery.csv")])
+    for task, (papers, more) in TASKS.items():
+        arguments = ["--gallery", gallery, "--queries", str(people / f"{task}.jsonl")]
+        arguments += [word for paper in papers for word in ("--model", models[paper])]
+        arguments += ["--identity", "outfit", *more, "--out", str(out / f"comparison_{task}")]
+        toys = [folders[paper] / TOYS[paper][0] for paper in papers if paper in TOYS]
+        if not _is_done(out / f"comparison_{task}" / "comparison.json", toys, models["clip"]):
+            call("tbps-compare", compare_main, arguments)
+
+
 def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -166,11 +174,6 @@ def _write(file: Path, lines: Sequence[str]) -> None:
     from tbps_common.files import write_text
 
     write_text(file, "".join(f"{line}\n" for line in lines))
-
-
-def _run(folder: Path, name: str, arguments: Sequence[str]) -> None:
-    echo([name, *arguments], folder)
-    run_child([str(Path(sysconfig.get_path("scripts")) / name), *arguments], cwd=folder, env=dict(os.environ))
 
 
 def _is_done(file: Path, toys: Sequence[Path], clip: str) -> bool:

@@ -1,6 +1,5 @@
 """Commands made of commands (the toys): every step is shown, run, and ends everything with its exit status if it fails."""
 
-import argparse
 import os
 import shlex
 import signal
@@ -13,8 +12,9 @@ from typing import Any
 
 from tbps_common.errors import InputError
 
-RANDOM = "random"
-"""What `--start` says for networks of random weights."""
+START = "build/start"
+"""Default folder of the start weights, as of `tbps-train-tiny`."""
+START_HELP = "folder of the start weights, trained by tbps-train-tiny if they are not there; random: none"
 
 
 class StepFailed(Exception):
@@ -46,32 +46,17 @@ def call(name: str, command: Callable[[list[str]], int], arguments: Sequence[str
         raise StepFailed(status)
 
 
-def add_start(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of `start_weights`."""
-    parser.add_argument(
-        "--start",
-        metavar="DIR",
-        default="build/start",
-        help=f"folder of tbps-train-tiny's start weights, trained there if they are absent; {RANDOM}: random weights",
-    )
-
-
-def start_weights(name: str, start: str) -> Path | None:
-    """The folder of a start weight, trained now if it is not there; None for random weights.
+def start_weights(names: Sequence[str], folder: str) -> list[Path]:
+    """Folders of start weights, trained by `tbps-train-tiny` unless they are there.
 
     Args:
-        name: of `tbps-train-tiny`.
-        start: what `--start` says.
-
-    Raises:
-        StepFailed: the training did not return 0.
+        names: of the models.
+        folder: of `--start`.
     """
-    if start == RANDOM:
-        return None
     from tbps_world.cli import train_tiny_main
 
-    call("tbps-train-tiny", train_tiny_main, [name, "--out", start])
-    return Path(start).resolve() / name
+    call("tbps-train-tiny", train_tiny_main, [*names, "--out", folder])
+    return [Path(folder).resolve() / name for name in names]
 
 
 def run_child(
