@@ -55,7 +55,7 @@ STAGE_FLAGS = {
     "finetune": ("--save_total_limit", "1"),
 }
 # From start weights, and from random ones.
-EPOCHS = {"pretrain": (8, 22), "finetune": (12, 26)}
+EPOCHS = {"pretrain": (5, 22), "finetune": (9, 26)}
 BATCH_SIZE = 32
 MOST_THREADS = 4
 TURNS = ("1", "2", "3", "4", "5")
