@@ -147,7 +147,7 @@ def training_step(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def our_losses() -> "Tensor":
         for _ in negatives:  # drawn as in training; the fixed ones make the losses comparable
-            ours._draw(batch["feat"], batch["feat"], batch["idx"])
+            ours.drawn_negatives(batch["feat"], batch["feat"], batch["idx"])
         return torch.stack(ours(**{key: value for key, value in batch.items() if key != "feat"}, negatives=negatives))
 
     def step(name: str, forward: Callable[[], "Tensor"], optimizer: Any) -> Callable[[], None]:

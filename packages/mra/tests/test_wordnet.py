@@ -55,11 +55,11 @@ def wordnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (corpus / "index.sense").touch()
         nltk.data.path.insert(0, str(root))
     wordnet_synonyms.cache_clear()
-    synonyms_module._wordnet.cache_clear()
+    synonyms_module.open_wordnet.cache_clear()
     yield
     nltk.data.path[:] = before
     wordnet_synonyms.cache_clear()
-    synonyms_module._wordnet.cache_clear()
+    synonyms_module.open_wordnet.cache_clear()
 
 
 @pytest.mark.usefixtures("wordnet")

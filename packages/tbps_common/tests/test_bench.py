@@ -56,7 +56,7 @@ def test_command_with_real_processes(monkeypatch, tmp_path, capsys):
     # Memory for 5 queries of the naive form, so that its scaling is seen.
     sizes = TINY["dot"]
     needed = bytes_per_query("naive", sizes)
-    monkeypatch.setattr("tbps_common.bench.compare._free_memory", lambda device: int(5.5 * needed / 0.4))
+    monkeypatch.setattr("tbps_common.bench.compare.free_memory", lambda device: int(5.5 * needed / 0.4))
     target = tmp_path / "new" / "bench.json"
     options = ["--queries", "15", "--gallery", "40", "--tokens", "1", "--dim", "16", "--positives", "2,5"]
     options += ["--threads", "1", "--repeats", "1", "--against", "naive,broadcast", "--json", str(target)]
@@ -81,7 +81,7 @@ def test_command_with_real_processes(monkeypatch, tmp_path, capsys):
 
 def test_an_absent_library_is_no_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("tbps_common.bench.compare._in_fresh_process", answer_without_process)
+    monkeypatch.setattr("tbps_common.bench.compare.in_fresh_process", answer_without_process)
     report = compare("tiny", TINY["dot"], against=("torchmetrics", "faiss", "pml"), threads=1, repeats=1)
     assert report["absent"] == dict.fromkeys(("torchmetrics", "faiss", "pml"), "not installed")
     assert render(report).count("not installed") == 3
@@ -94,7 +94,7 @@ def test_a_broken_library_costs_only_its_own_figures(monkeypatch):
         return answer_without_process(method, *arguments)
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("tbps_common.bench.compare._in_fresh_process", answer)
+    monkeypatch.setattr("tbps_common.bench.compare.in_fresh_process", answer)
     report = compare("tiny", TINY["dot"], against=("faiss", "pml"), threads=1, repeats=1)
     assert report["absent"] == {"faiss": "The process that measures faiss ended with 1: ImportError"}
     assert "pml" in report["methods"]

@@ -180,13 +180,13 @@ def test_retry_after_is_obeyed(header: str, tmp_path: Path) -> None:
 
 
 def test_waits_are_understood_as_numbers_and_dates() -> None:
-    from tbps_common.pipeline.client import _retry_after
+    from tbps_common.pipeline.client import seconds_to_wait
 
-    assert _retry_after({"retry-after": "1.5"}) == 1.5 and _retry_after({"retry-after-ms": "250"}) == 0.25
-    assert _retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
-    assert (_retry_after({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}) or 0) > 1e6
+    assert seconds_to_wait({"retry-after": "1.5"}) == 1.5 and seconds_to_wait({"retry-after-ms": "250"}) == 0.25
+    assert seconds_to_wait({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert (seconds_to_wait({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}) or 0) > 1e6
     for nonsense in ({"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": ""}, {}):
-        assert _retry_after(nonsense) is None
+        assert seconds_to_wait(nonsense) is None
 
 
 def test_a_server_that_keeps_saying_429_is_left_alone_by_everybody(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tbps_common.ranking import best_of_rows, evaluate_rows, rank, retrieve
-from tbps_common.ranking.metrics import Positives, _count_by_slots, count_ahead, read_scores
+from tbps_common.ranking.metrics import Positives, count_ahead, count_by_slots, read_scores
 
 DEVICES = [
     "cpu",
@@ -148,7 +148,7 @@ def test_counting_by_slots_is_counting_by_rows(seed, columns, identities, offset
     bounds, positions = Positives(np.arange(8) % identities, g_pids).of_queries(0, 8)
     scores = read_scores(block, bounds, positions)
     expected = count_ahead(block, bounds, positions - offset, scores)
-    assert _count_by_slots(block, bounds, positions - offset, scores).tolist() == expected.tolist()
+    assert count_by_slots(block, bounds, positions - offset, scores).tolist() == expected.tolist()
 
 
 def test_signed_zeros_are_tied():

@@ -15,6 +15,7 @@ from cmlfa.published import PUBLISHED
 from cmlfa.run_directory import find_directory
 from cmlfa.trained import open_trained
 from tbps_common.datasets.raw import RawDataset
+from tbps_common.models.source import results_folder
 from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
@@ -40,7 +41,7 @@ def test(flags: argparse.Namespace, options: Options, data: RawDataset) -> int:
     Returns:
         Exit status: 1 if the result is not what `--require_published` asks for.
     """
-    directory = find_directory(options, flags)
+    directory = results_folder(find_directory(options, flags))
     if options.dataset_name != load_train_configs(flags.config_file)["dataset_name"]:
         directory /= options.dataset_name  # never over the results on the data set of the training
     report = Path(flags.report_dir or directory)

@@ -22,6 +22,7 @@ from cmlfa.options import Options
 from cmlfa.run_directory import read_run
 from cmlfa.trained import TrainedModel, open_trained
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.models.source import find_model, is_hub_folder
 from tbps_common.run.checkpoint import fingerprint, load_state_dict_strictly
 from tbps_common.run.device import choose_device
 from tbps_common.search.commands import run_index, run_search
@@ -50,21 +51,19 @@ def search(flags: argparse.Namespace, options: Options) -> int:
 
 
 def open_cmlfa(place: str, *, device: str = "auto", trust: bool = False) -> Retriever:
-    """The model of a run directory, of its configs.yaml, or of one of its checkpoints.
+    """The model of a run directory, of its configs.yaml, of one of its checkpoints, or in the layout of the hub.
 
     Raises:
         InputError: a file is missing or damaged.
     """
-    path = Path(place)
+    path = Path(find_model(place, "--model cmlfa:"))
     if not path.exists():
         raise CheckpointError(
             f"--model cmlfa:{place}: there is no such run directory; name the folder that cmlfa-train wrote"
         )
-    folder = path if path.is_dir() else path.parent
-    checkpoint = None if path.is_dir() or path.name == CONFIG_NAME else str(path)
-    flags = argparse.Namespace(
-        config_file=str(folder / CONFIG_NAME), checkpoint=checkpoint, device=device, trust_checkpoint=trust
-    )
+    config = None if is_hub_folder(path) else str((path if path.is_dir() else path.parent) / CONFIG_NAME)
+    checkpoint = None if config and (path.is_dir() or path.name == CONFIG_NAME) else str(path)
+    flags = argparse.Namespace(config_file=config, checkpoint=checkpoint, device=device, trust_checkpoint=trust)
     return cmlfa_retriever(open_trained(flags, read_run(flags)), f"cmlfa:{place}")
 
 

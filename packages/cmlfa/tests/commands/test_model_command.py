@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench_export import main as bench_main
+from bench_cmlfa_export import main as bench_main
 from cmlfa import CMLFA, SimpleTokenizer, tokenize
 from cmlfa.cli import test_main as run_test
 from cmlfa.cli import train_main
-from tbps_common.cli import model_main
+from tbps_common.cli import index_main, model_main
 from tbps_common.models.export import open_encoder
 from tbps_common.models.source import find_model
 from tbps_common.report.evaluation import read_evaluation
@@ -182,7 +182,6 @@ def test_pushing_uploads_the_whole_folder(hub: Path, monkeypatch: pytest.MonkeyP
     assert sent == {"owner/name": sorted(path.name for path in hub.iterdir())}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_exported_encoders_give_the_features_of_torch(
     hub: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +229,12 @@ def test_a_name_on_the_hub_is_its_download(
     assert same_bits(CMLFA.from_pretrained("owner/name", cache_dir=cache).state_dict(), before)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     flags = ["--root_dir", str(world), "--device", "cpu", "--num_workers", "0", "--report_dir", str(tmp_path / "out")]
-    assert run_test(["--checkpoint", "owner/name", *flags]) == 0
+    held = sorted(cache.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert run_test(["--checkpoint", "owner/name", *flags[:-2]]) == 0
+    assert read_evaluation(tmp_path / "results" / "owner--name" / "evaluation.json")["metrics"]["t2i"]
+    pictures = ["--images", str(world / "CUHK-PEDES" / "imgs"), "--out", "g.lance", "--device", "cpu"]
+    assert index_main(["--model", "cmlfa:owner/name", *pictures]) == 0
+    assert sorted(cache.rglob("*")) == held  # nothing of ours comes into the cache
     assert run_test(["--checkpoint", "owner/other", *flags]) == 2
     assert "--checkpoint owner/other is neither a folder nor could it be fetched" in capsys.readouterr().err

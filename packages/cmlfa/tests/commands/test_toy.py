@@ -9,7 +9,7 @@ from PIL import Image
 
 from cmlfa.options import check_training_flags, get_args
 from tbps_world.cli import cmlfa_toy_main
-from tbps_world.toys.cmlfa import TINY_CLIP_FLAGS, train_arguments
+from tbps_world.toys.cmlfa import RANDOM_CLIP, TINY_CLIP_FLAGS, train_arguments
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -24,10 +24,11 @@ def readme_train_flags() -> list[str]:
     return shlex.split(block[1].replace("\\\n", " "))
 
 
+@pytest.mark.parametrize("clip", ["start/clip/clip.pt", RANDOM_CLIP])
 @pytest.mark.parametrize("attention", ["parts", "batch"])
-def test_toy_runs_the_readme_command_with_flags_appended(attention: str, tmp_path: Path) -> None:
+def test_toy_runs_the_readme_command_with_flags_appended(attention: str, clip: str, tmp_path: Path) -> None:
     readme = [str(tmp_path / "world") if word == "your dataset root dir" else word for word in readme_train_flags()]
-    arguments = train_arguments(tmp_path, attention)
+    arguments = train_arguments(tmp_path, attention, tmp_path / clip)
     assert arguments[: len(readme)] == readme
     args = get_args(arguments)
     check_training_flags(args)
@@ -41,6 +42,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--out", str(tmp_path / "toy"), "--preset", "tiny", "--epochs", "1", "--lfa_attention", "batch"]
+    flags += ["--start", "random"]
     assert cmlfa_toy_main(flags) == 0
     shown = capfd.readouterr().out
     assert [line.split()[1] for line in shown.splitlines() if line.startswith("$ ")] == [
@@ -52,6 +54,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     assert [evaluation["settings"]["test_batch_size"] for evaluation in evaluations] == [512, 64]
     for evaluation in evaluations:
         assert f"{evaluation['metrics']['t2i']['R1']:.2f}" in shown
+        assert f"started from: {evaluation['start_R1']:.2f}" in shown
     for name in ("cmc.png", "ranked_list.png"):
         with Image.open(tmp_path / "toy" / name) as picture:
             assert min(picture.size) > 200

@@ -13,7 +13,7 @@ from diana import DiaNAModel
 from diana.data import build_eval_transform, load_annotations, render_dialogue
 from diana.metrics import metric_eval
 from diana.retrieval import encode_dialogues, encode_images, encode_turns, evaluate, score_rows_of
-from diana.retrieval.dialogues import _trees
+from diana.retrieval.dialogues import prefix_trees
 from diana.retrieval.scores import Features
 from diana.similarity import SIM_TYPES, attribute_similarity
 from diana.tokenizer import encode, load_tokenizer
@@ -111,7 +111,7 @@ def test_all_lengths_in_one_pass_equal_every_text_alone(
     model.set_attention(kernel)
     chats = [dialogue(start, rounds) for start, rounds in ((0, 4), (1, 1), (2, 3), (3, 4), (4, 2))]
     versions = [[render_dialogue(chat, limit) for limit in (1, -1, 2, 3)] for chat in chats]
-    trees = _trees(tokenizer, versions, length)
+    trees = prefix_trees(tokenizer, versions, length)
     assert length < 400 or sum(len(own) > 0 for tree in trees for _, own in tree.branches) >= 3
     found = encode_turns(
         model,

@@ -13,11 +13,12 @@ from fafa.evaluation import itcpr_sets, retrieval, sweep
 from fafa.features import Extractor
 from fafa.processors import BlipCaptionProcessor
 from fafa.published import PUBLISHED
-from fafa.run_directory import TrainedRun
+from fafa.run_directory import Hyperparameters, TrainedRun
 from fafa.trained import TrainedModel, open_trained
 from tbps_common.datasets import ITCPR
 from tbps_common.errors import InputError
 from tbps_common.files import write_json, write_text
+from tbps_common.models.source import results_folder
 from tbps_common.ranking import RetrievalResult
 from tbps_common.report.evaluation import evaluation_from_result
 from tbps_common.report.pictures import Hit, RankedQuery, cmc_curve, example_queries, ranked_list
@@ -62,19 +63,20 @@ def infer(run: TrainedRun, itcpr: ITCPR, flags: argparse.Namespace) -> int:
         result = retrieval(queries, gallery, *ids, values.fda_k, max_rank=max(10, min(CMC_RANKS, len(gallery))))
         seconds = time.perf_counter() - started
         print(result.table(task="com"))
-        _write_results(run, result, flags)
+        folder = results_folder(run.directory)
+        _write_results(folder, values, result, flags)
         if flags.fda_k_sweep:
-            _write_sweep(run, sweep(queries, gallery, *ids, flags.fda_k_sweep), flags.model_name)
-        published = _write_report(run, trained, itcpr, result, seconds, Path(flags.report_dir or run.directory))
+            _write_sweep(folder, sweep(queries, gallery, *ids, flags.fda_k_sweep), flags.model_name)
+        published = _write_report(run, trained, itcpr, result, seconds, Path(flags.report_dir or folder))
         text, status = published_report(published, flags.require_published)
         if text:
             print(text)
     return status
 
 
-def _write_results(run: TrainedRun, result: RetrievalResult, flags: argparse.Namespace) -> None:
+def _write_results(folder: Path, values: Hyperparameters, result: RetrievalResult, flags: argparse.Namespace) -> None:
     """The authors' block of text and their JSON file."""
-    metrics, values = result.metrics, run.hyperparameters
+    metrics = result.metrics
     print("ITCPR results")
     for name, key in (("Recall@1", "R1"), ("Recall@5", "R5"), ("Recall@10", "R10"), ("mAP", "mAP")):
         print(f"{name}: {metrics[key]:.4f}")
@@ -89,17 +91,18 @@ def _write_results(run: TrainedRun, result: RetrievalResult, flags: argparse.Nam
         "recall_at_10": metrics["R10"],
         "mAP": metrics["mAP"],
     }
-    path = run.directory / f"inference_results_{flags.model_name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"inference_results_{flags.model_name}.json"
     write_text(path, json.dumps(content, indent=4) + "\n")
     print(f"wrote {path}")
 
 
-def _write_sweep(run: TrainedRun, results: dict[int, RetrievalResult], model_name: str) -> None:
+def _write_sweep(folder: Path, results: dict[int, RetrievalResult], model_name: str) -> None:
     table = PrettyTable(["fda_k", *SWEEP_COLUMNS])
     for k, result in results.items():
         table.add_row([k, *(f"{result.metrics[name]:.3f}" for name in SWEEP_COLUMNS)])
     print(table)
-    path = run.directory / f"fda_k_sweep_{model_name}.json"
+    path = folder / f"fda_k_sweep_{model_name}.json"
     write_json(path, {str(k): {name: result.metrics[name] for name in SWEEP_COLUMNS} for k, result in results.items()})
     print(f"wrote {path}")
 

@@ -309,8 +309,9 @@ The paper's command, run from packages/fafa:
     --itcpr-root /path/to/ITCPR \\
     --batch-size 256
 
-Writes inference_results_<model-name>.json, evaluation.json, cmc.png and ranked_list.png into the run directory. A
-downloaded model needs <dir>/training_hyperparameters.json and <dir>/saved_models/<file>.pt.
+Writes inference_results_<model-name>.json, evaluation.json, cmc.png and ranked_list.png into the run directory; for a
+model named on the hub, into results/<owner>--<name>. A downloaded checkpoint needs <dir>/training_hyperparameters.json and
+<dir>/saved_models/<file>.pt.
 """
 INDEX = """\
 Compute the features of all images of a folder once, for fafa-search:

@@ -16,6 +16,7 @@ from fafa.run_directory import BEST_BY_EPOCH, BEST_BY_STEP, LAST, WEIGHTS, Train
 from fafa.trained import TrainedModel, open_trained
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.images import read_image
+from tbps_common.models.source import find_model
 from tbps_common.search.commands import run_index, run_search
 from tbps_common.search.retriever import Feature, Features, Query, Retriever
 
@@ -38,12 +39,13 @@ def _retriever(run: TrainedRun, flags: argparse.Namespace) -> Retriever:
 
 
 def open_fafa(place: str, *, device: str = "auto", trust: bool = False) -> Retriever:
-    """The model of a run directory (the best one by step, by epoch, or the last), or of a file of its saved_models/.
+    """The model of a run directory (the best one by step, by epoch, or the last), of a file of its saved_models/, or in the
+    layout of the hub.
 
     Raises:
         InputError: a file is missing or damaged.
     """
-    path = Path(place)
+    path = Path(find_model(place, "--model fafa:"))
     if not path.exists():
         raise CheckpointError(
             f"--model fafa:{place}: there is no such run directory; name the folder that the training wrote"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench_fafa_export import main as bench_main
 from fafa.checkpoint import official_state_dict
 from fafa.cli import infer_main, train_main
 from fafa.model import Blip2FAFACPR
-from tbps_common.cli import model_main
+from tbps_common.cli import index_main, model_main
 from tbps_common.models.export import open_encoder
 from tbps_common.report.evaluation import read_evaluation
 from tbps_world.tiny.fafa import TINY_MODEL
@@ -86,13 +87,25 @@ def test_half_precision_and_tied_matrices_come_through(trained_run: Path, tmp_pa
 
 
 def test_a_hub_folder_is_evaluated_and_trained_from_like_a_run(
-    hub: Path, trained_run: Path, toy: Path, train_flags: Callable[..., list[str]], tmp_path: Path
+    hub: Path,
+    trained_run: Path,
+    toy: Path,
+    train_flags: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     same = ["--itcpr-root", str(toy / "itcpr"), "--device", "cpu", "--num-workers", "0"]
     run = Path(shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("training_state")))
     assert infer_main(["--exp-dir", str(run), "--model-name", NAME, *same]) == 0
-    assert infer_main(["--exp-dir", str(hub), *same]) == 0
-    ours, theirs = (read_evaluation(folder / "evaluation.json") for folder in (hub, run))
+    snapshot = shutil.copytree(hub, tmp_path / "models--owner--name" / "snapshots" / "0")
+    held = sorted(path.name for path in snapshot.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert infer_main(["--exp-dir", str(snapshot), *same]) == 0
+    assert sorted(path.name for path in snapshot.iterdir()) == held  # nothing of ours comes into the hub's cache
+    assert (tmp_path / "results" / "owner--name" / "inference_results_tuned_recall_at1_step.pt.json").is_file()
+    pictures = ["--images", str(toy / "itcpr"), "--out", "g.lance", "--device", "cpu"]
+    assert index_main(["--model", f"fafa:{hub}", *pictures]) == 0
+    ours, theirs = (read_evaluation(folder / "evaluation.json") for folder in (Path("results/owner--name"), run))
     assert ours["metrics"] == theirs["metrics"] and ours["fingerprint"] == theirs["fingerprint"]
     assert train_main(train_flags(tmp_path / "out", "--resume-path", str(hub), "--num-epochs", "1")) == 0
 
@@ -116,12 +129,12 @@ def test_a_bare_file_needs_its_model_and_vocabulary(
     assert model_main([*command, "--config", str(yaml), "--tokenizer", str(toy)]) == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_exported_encoders_give_the_features_of_torch(
-    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
-    assert model_main(["export", str(hub), "--onnx", "--out", str(tmp_path / "onnx"), "--batch_size", "3"]) == 0
+    out = str(tmp_path / "onnx")
+    assert model_main(["export", str(hub), "--onnx", "--int8", "--out", out, "--batch_size", "3"]) == 0
     shown = capsys.readouterr().out
     assert "image.onnx" in shown and "query.onnx" in shown
     model, run = Blip2FAFACPR.from_pretrained(hub), open_encoder(tmp_path / "onnx" / "query.onnx")
@@ -134,3 +147,8 @@ def test_exported_encoders_give_the_features_of_torch(
         expected is not None and (expected - expected.roll(1, 0)).abs().max() > 5e-4
     )  # nearly untrained, but not constant
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert bench_main(["--checkpoint", str(hub), "--onnx", out, "--itcpr-root", str(toy / "itcpr")]) == 0
+    rows = [
+        line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if "onnx" in line or "torch |" in line
+    ]
+    assert len(rows) == 3 and rows[0] == rows[1]

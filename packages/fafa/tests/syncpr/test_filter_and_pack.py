@@ -263,7 +263,7 @@ def test_what_an_earlier_run_kept_is_not_packed_after_a_kill(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fafa.syncpr.filter._keep", killed)
+        patch.setattr("fafa.syncpr.filter.write_kept", killed)
         assert syncpr_main([*command, "--min-identity", "1.5"]) == 130
     capsys.readouterr()
     assert syncpr_main(["pack", "--out", str(out)]) == 2

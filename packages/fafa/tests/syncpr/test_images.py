@@ -50,7 +50,7 @@ def test_a_batch_that_does_not_fit_is_halved(models: Path, monkeypatch: pytest.M
     engine = painter(models, "sd")
     whole = engine.paint(["a", "b", "c", "d"], [1, 2, 3, 4], SMALL)
     sizes: list[int] = []
-    paint = TextToImage._paint
+    paint = TextToImage.paint_at_once
 
     def hungry(self: TextToImage, prompts: Sequence[str], *more: Any) -> Any:
         sizes.append(len(prompts))
@@ -58,7 +58,7 @@ def test_a_batch_that_does_not_fit_is_halved(models: Path, monkeypatch: pytest.M
             raise torch.OutOfMemoryError("CUDA out of memory")
         return paint(self, prompts, *more)
 
-    monkeypatch.setattr(TextToImage, "_paint", hungry)
+    monkeypatch.setattr(TextToImage, "paint_at_once", hungry)
     parts = engine.paint(["a", "b", "c", "d"], [1, 2, 3, 4], SMALL)
     assert sizes == [4, 2, 2]
     assert all(largest_difference(one, other) <= 1 for one, other in zip(whole, parts))  # type: ignore[arg-type]

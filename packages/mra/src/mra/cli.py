@@ -1,11 +1,10 @@
 """Console commands of mra. Heavy libraries are imported when a command starts to work, not to print its help."""
 
-import argparse
 from importlib import import_module
 
 from mra.dad.options import build_parser as build_dad_parser
 from mra.options import build_index_parser, build_retrieval_parser, build_run_parser, build_search_parser
-from tbps_common.models.source import find_model, is_hub_folder
+from tbps_common.models.source import find_model
 from tbps_common.run.command import command
 
 
@@ -39,7 +38,7 @@ def retrieval_main(argv: list[str]) -> int:
 @command
 def index_main(argv: list[str]) -> int:
     """`mra-index`: compute the features of a folder of images once."""
-    args = _with_checkpoint(build_index_parser().parse_args(argv))
+    args = build_index_parser().parse_args(argv)
     from mra.search import index
 
     return index(args)
@@ -48,7 +47,7 @@ def index_main(argv: list[str]) -> int:
 @command
 def search_main(argv: list[str]) -> int:
     """`mra-search`: find the images of an index that fit a sentence."""
-    args = _with_checkpoint(build_search_parser().parse_args(argv))
+    args = build_search_parser().parse_args(argv)
     from mra.search import search
 
     return search(args)
@@ -68,14 +67,3 @@ def dad_main(argv: list[str]) -> int:
     if status == 0 and args.command == "regions":
         return stage(build_dad_parser().parse_args([*argv, "--pack"]))
     return status
-
-
-def _with_checkpoint(args: argparse.Namespace) -> argparse.Namespace:
-    """Find the weights of a trained model; a folder in the layout of the hub brings its vocabulary, too."""
-    from mra.preflight import require_file
-
-    args.checkpoint = find_model(args.checkpoint, "--checkpoint")
-    require_file(args.checkpoint, f"--checkpoint {args.checkpoint}", "give the weights of a trained model")
-    if is_hub_folder(args.checkpoint):
-        args.text_encoder = args.text_encoder or args.checkpoint
-    return args

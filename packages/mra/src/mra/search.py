@@ -19,6 +19,7 @@ from mra.retrieval.rerank import IMAGE_CHUNK, SIMILARITY_WEIGHT, Matcher, match_
 from mra.text.augmentation import pre_caption
 from mra.text.tokens import build_tokenizer, tokenize
 from tbps_common.errors import CheckpointError, InputError
+from tbps_common.models.source import find_model, is_hub_folder
 from tbps_common.ranking import rerank
 from tbps_common.run.checkpoint import find_state_dict, fingerprint, load_checkpoint_file
 from tbps_common.run.device import choose_device
@@ -62,19 +63,21 @@ def open_mra(
     """Build the model of a checkpoint and load its weights.
 
     Args:
-        place: the checkpoint.
+        place: the checkpoint, or a folder in the layout of the hub or its name there.
         device: of `--device`.
         trust: read a checkpoint that could run code.
         config_file: the configuration; by default what the checkpoint holds of it.
-        text_encoder: folder with vocab.txt, the only file of it that is read; by default the configuration's.
+        text_encoder: folder with vocab.txt, the only file of it that is read; by default the one in the layout of the hub,
+            or else the configuration's.
 
     Raises:
         InputError: the configuration, the vocabulary or the device cannot be used.
         CheckpointError: the checkpoint is missing, damaged, or of another model.
     """
     where = choose_device(device)
-    require_file(place, f"checkpoint {place}", "give the weights of a trained model")
-    state, rest = find_state_dict(load_checkpoint_file(place, trust=trust), source=place)
+    found = find_model(place, "--model mra:")
+    require_file(found, f"checkpoint {place}", "give the weights of a trained model")
+    state, rest = find_state_dict(load_checkpoint_file(found, trust=trust), source=place)
     config = load_config(config_file) if config_file else rest.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -83,7 +86,7 @@ def open_mra(
     missing = [key for key in ("h", "w", "max_tokens", "max_words", "text_encoder") if key not in config]
     if missing:
         raise InputError(f"{config_file or place}: the configuration is missing {', '.join(missing)}")
-    tokenizer = build_tokenizer(text_encoder or config["text_encoder"])
+    tokenizer = build_tokenizer(text_encoder or (found if is_hub_folder(found) else config["text_encoder"]))
     model = Retrieval(config, init_backbones=False)
     model.load_pretrained(state, config, is_eval=True)
     settings = {key: config.get(key) for key in _FEATURE_KEYS}
@@ -94,10 +97,11 @@ def mra_retriever(model: Retrieval, config: dict[str, Any], tokenizer: Any, name
     """A trained model as a retriever: the cosine of a sentence and a picture, and the fusion encoder as its judge.
 
     With `test_hflip` in the configuration the features of a picture are the mean of its own and its mirror image's, as the
-    released evaluation has it.
+    released evaluation has it. With `score_world` in it, the judge combines the scores as `--score_world` does.
     """
     device = model.temp.device
     views = 2 if config.get("test_hflip") else 1
+    score_world = int(config.get("score_world", 1))
 
     def encode_images(pictures: Tensor) -> Features:
         features = image_features(model, pictures, len(pictures))[1]
@@ -135,7 +139,9 @@ def mra_retriever(model: Retrieval, config: dict[str, Any], tokenizer: Any, name
         everything = torch.cat([scores, scores.new_tensor([lowest])])[None]
         judged = torch.arange(len(pictures))[None]
         flipped = joined[1] if views == 2 else None
-        return rerank(everything, judged, joined[0], itm_flip=flipped, weight=SIMILARITY_WEIGHT)[0, :-1]
+        return rerank(
+            everything, judged, joined[0], itm_flip=flipped, weight=SIMILARITY_WEIGHT, legacy_world_size=score_world
+        )[0, :-1]
 
     transform = build_transforms(config)["test"]
     with torch.inference_mode():

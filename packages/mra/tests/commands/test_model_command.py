@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench_mra_export import main as bench_main
 from mra import Retrieval
 from mra.cli import index_main, retrieval_main, search_main
 from mra.retrieval import encode_images, encode_texts
 from mra.text import build_tokenizer, tokenize
+from tbps_common.cli import index_main as tbps_index_main
 from tbps_common.cli import model_main
+from tbps_common.cli import search_main as tbps_search_main
 from tbps_common.models.export import open_encoder
 from tbps_common.report.evaluation import read_evaluation
 
@@ -81,9 +84,12 @@ def test_a_hub_folder_is_evaluated_trained_from_and_searched_with(
     assert retrieval_main(flags("cuhk", tmp_path / "ft", "--checkpoint", str(hub), "--epo", "1")) == 0
     images = in_world / "images" / "CUHK-PEDES"
     monkeypatch.chdir(tmp_path)  # the configuration, the vocabulary and the weights all come from the folder
+    model = ["--model", f"mra:{hub}", "--gallery", "g.lance", "--device", "cpu"]
+    assert tbps_index_main([*model, "--images", str(images), "--num_workers", "0"]) == 0
+    assert tbps_search_main([*model, "--text", "a man in red", "--judge", "2"]) == 0
     same = ["--checkpoint", str(hub), "--device", "cpu"]
-    assert index_main([*same, "--images", str(images), "--out", "g.safetensors", "--num_workers", "0"]) == 0
-    assert search_main([*same, "--index", "g.safetensors", "--text", "a man in red", "--rerank", "2"]) == 0
+    assert index_main([*same, "--images", str(images), "--out", "h.lance", "--num_workers", "0"]) == 0
+    assert search_main([*same, "--index", "h.lance", "--text", "a man in red", "--rerank", "2"]) == 0
 
 
 def test_a_bare_file_needs_its_configuration(
@@ -101,10 +107,12 @@ def test_a_bare_file_needs_its_configuration(
     assert model_main([*command, "--config", "configs/cuhk.yaml"]) == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_exported_encoders_give_the_features_of_torch(hub: Path, tmp_path: Path) -> None:
+def test_exported_encoders_give_the_features_of_torch(
+    hub: Path, in_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
-    assert model_main(["export", str(hub), "--onnx", "--out", str(tmp_path / "onnx"), "--batch_size", "3"]) == 0
+    out = str(tmp_path / "onnx")
+    assert model_main(["export", str(hub), "--onnx", "--int8", "--out", out, "--batch_size", "3"]) == 0
     model = Retrieval.from_pretrained(hub)
     images = torch.rand(5, 3, 96, 96)
     ids, mask = tokenize(
@@ -117,3 +125,10 @@ def test_exported_encoders_give_the_features_of_torch(hub: Path, tmp_path: Path)
         found = open_encoder(tmp_path / "onnx" / f"{name}.onnx")(*inputs)
         assert (expected - expected.roll(1, 0)).abs().max() > 1e-3
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    capsys.readouterr()
+    data = ["--ann_file", "data/finetune/cuhk_test.json", "--image_root", "images/CUHK-PEDES/imgs"]
+    assert bench_main(["--checkpoint", str(hub), "--onnx", out, *data]) == 0
+    rows = [
+        line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if "onnx" in line or "torch |" in line
+    ]
+    assert len(rows) == 3 and rows[0] == rows[1]

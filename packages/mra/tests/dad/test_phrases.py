@@ -48,7 +48,7 @@ def test_phrases_are_the_words_of_a_pictures_own_caption(args: Namespace, monkey
     monkeypatch.setattr(transformers.AutoModelForZeroShotObjectDetection, "from_pretrained", lambda *_, **__: Answers())
     batch = [{"image": f"{number}.jpg", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     pictures = [Image.open(Path(args.images, record["image"])) for record in batch]
-    found = regions._build(args)(batch, pictures)
+    found = regions.build(args)(batch, pictures)
     for record, result, phrase in zip(batch, found, ("red coat", "a woman")):
         assert result == {
             **record,

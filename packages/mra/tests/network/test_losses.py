@@ -85,7 +85,7 @@ def test_drawn_negatives_are_of_other_people(model: Callable[..., Any], batch: C
     idx = batch(net)["idx"]
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        image_neg, text_neg = net._draw(*(torch.randn(4, 16, generator=generator) for _ in range(2)), idx)
+        image_neg, text_neg = net.drawn_negatives(*(torch.randn(4, 16, generator=generator) for _ in range(2)), idx)
         assert (idx[image_neg] != idx).all() and (idx[text_neg] != idx).all()
 
 

@@ -214,7 +214,7 @@ def test_region_features_as_in_the_paper_see_the_box_only(
     other = torch.where(outside[..., None], torch.randn_like(embeds), embeds)
     results = []
     for tokens in (embeds, other):
-        feature, keys, atts = net._region(tokens, net.text_encoder.image_keys(tokens), inputs["box_atts"])
+        feature, keys, atts = net.region_features(tokens, net.text_encoder.image_keys(tokens), inputs["box_atts"])
         text = net.get_text_embeds(inputs["text_ids"], inputs["text_atts"])
         visible = (1.0 - atts[:, None, None].float()) * -1e9
         results.append((feature, net.text_encoder.fuse(text, None, keys, visible)))
@@ -222,10 +222,10 @@ def test_region_features_as_in_the_paper_see_the_box_only(
     # The loss carries the weight of the configuration only.
     negatives = {name: (torch.tensor([1, 2, 1, 1]), torch.tensor([3, 0, 0, 2])) for name in ("main", "region")}
     region = net(**inputs, negatives=negatives)[3]
-    feature, keys, atts = net._region(embeds, net.text_encoder.image_keys(embeds), inputs["box_atts"])
+    feature, keys, atts = net.region_features(embeds, net.text_encoder.image_keys(embeds), inputs["box_atts"])
     text = net.get_text_embeds(inputs["text_ids_box"], inputs["text_atts_box"])
     itc = net.get_contrastive_loss(feature, net.get_text_feat(text), inputs["label"])
-    itm = net._matching_loss(keys, atts, text, inputs["text_atts_box"], negatives["region"])
+    itm = net.pair_matching_loss(keys, atts, text, inputs["text_atts_box"], negatives["region"])
     torch.testing.assert_close(region, itc + itm)
 
 

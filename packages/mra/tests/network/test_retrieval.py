@@ -148,7 +148,7 @@ def test_memory_that_runs_out_halves_the_batches(model: Callable[..., Any], monk
     image_embeds, text_embeds, atts, sims = encoded(net)
     candidates = sims.topk(7, dim=1).indices
     expected = match_logits(Matcher(net, text_embeds, atts), candidates, image_embeds)
-    judge, sizes = Matcher._judge, []
+    judge, sizes = Matcher.judge, []
 
     def small_memory(self: Matcher, keys: Any, images: Tensor, queries: Tensor) -> Tensor:
         sizes.append(len(images))
@@ -156,11 +156,11 @@ def test_memory_that_runs_out_halves_the_batches(model: Callable[..., Any], monk
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         return judge(self, keys, images, queries)
 
-    monkeypatch.setattr(Matcher, "_judge", small_memory)
+    monkeypatch.setattr(Matcher, "judge", small_memory)
     found = match_logits(Matcher(net, text_embeds, atts), candidates, image_embeds)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert max(sizes) > 5 and min(sizes) <= 5
-    monkeypatch.setattr(Matcher, "_judge", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory at all")))
+    monkeypatch.setattr(Matcher, "judge", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory at all")))
     with pytest.raises(torch.OutOfMemoryError):
         match_logits(Matcher(net, text_embeds, atts), candidates, image_embeds)
 

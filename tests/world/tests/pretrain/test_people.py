@@ -18,8 +18,9 @@ def test_shots_show_and_describe_everybody() -> None:
     people = start_people(6)
     found = list(shots(people, views=4, height=64))
     assert [(shot.number, shot.facing) for shot in found[:5]] == [
-        (0, "front"), (0, "back"), (0, "right"), (0, "left"), (1, "front"),
+        (0, "front"), (0, "back"), (0, "right"), (0, "left"), (1, "back"),
     ]  # fmt: skip
+    assert [shot.facing for shot in shots(people[:2], views=2, height=64)] == ["front", "right", "back", "left"]
     for shot, again in zip(found, shots(people, views=4, height=64)):
         assert shot.drawing.picture.shape == (64, 32, 3) and shot.person == people[shot.number]
         assert np.array_equal(shot.drawing.picture, again.drawing.picture) and shot.captions == again.captions

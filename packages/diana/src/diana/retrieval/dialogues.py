@@ -105,12 +105,12 @@ def encode_turns(
     if count > 1 and model.attention == "flash_attention_2":  # which takes no mask of one's own
         columns = [[[texts[number]] for texts in versions] for number in range(count)]
         return [encode_turns(model, tokenizer, column, **options)[0] for column in columns]
-    trees = _trees(tokenizer, versions, max_seq_length)
+    trees = prefix_trees(tokenizer, versions, max_seq_length)
     # The longest first: if memory does not suffice, it shows at once.
     order = sorted(range(len(trees)), key=lambda place: trees[place].size, reverse=True)
     length = max_seq_length if pad_to_max else 0
 
-    def run(batch: Sequence[_Tree]) -> list[_Encoded]:
+    def run(batch: Sequence[Tree]) -> list[_Encoded]:
         return [
             (finished(embeds, sim_dtype), None if dense is None else finished(model.refine(dense, mask), sim_dtype))
             for embeds, dense, mask in _states(model, batch, pad_id(tokenizer), length, attributes)
@@ -134,7 +134,7 @@ def _joined(parts: list[_Encoded], back: Tensor) -> _Encoded:
 
 
 @dataclass(frozen=True)
-class _Tree:
+class Tree:
     """Versions of one dialogue: the longest as the trunk, of the others what differs from it.
 
     Attributes:
@@ -150,7 +150,10 @@ class _Tree:
         return len(self.trunk) + sum(len(own) for _, own in self.branches)
 
 
-def _trees(tokenizer: PreTrainedTokenizerBase, versions: Sequence[Sequence[str]], max_seq_length: int) -> list[_Tree]:
+def prefix_trees(
+    tokenizer: PreTrainedTokenizerBase, versions: Sequence[Sequence[str]], max_seq_length: int
+) -> list[Tree]:
+    """Versions of each dialogue as token ids; what the versions share stands there once. Too long ones are cut."""
     texts = list(dict.fromkeys(text for dialogue in versions for text in dialogue))
     whole = tokenizer(texts, verbose=False)["input_ids"]
     longer = sum(len(ids) > max_seq_length for ids in whole)
@@ -165,17 +168,17 @@ def _trees(tokenizer: PreTrainedTokenizerBase, versions: Sequence[Sequence[str]]
     return [_tree([ids_of[text] for text in dialogue]) for dialogue in versions]
 
 
-def _tree(rows: list[list[int]]) -> _Tree:
+def _tree(rows: list[list[int]]) -> Tree:
     trunk = max(rows, key=len)
     branches = []
     for row in rows:
         shared = next((place for place, (one, other) in enumerate(zip(row, trunk)) if one != other), len(row))
         branches.append((shared, row[shared:]))
-    return _Tree(trunk, branches)
+    return Tree(trunk, branches)
 
 
 def _states(
-    model: DiaNAModel, batch: Sequence[_Tree], pad: int, length: int, with_tokens: bool
+    model: DiaNAModel, batch: Sequence[Tree], pad: int, length: int, with_tokens: bool
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """For every version: features `[B, D]`, tokens `[B, L, D]` (or None) and their mask `[B, L]`."""
     if len(batch[0].branches) == 1:
@@ -209,7 +212,7 @@ def _padded(rows: list[list[int]], fill: int, length: int) -> tuple[Tensor, Tens
     return values, mask
 
 
-def _geometry(batch: Sequence[_Tree], length: int) -> tuple[list[list[list[int]]], Tensor, Tensor, Tensor]:
+def _geometry(batch: Sequence[Tree], length: int) -> tuple[list[list[list[int]]], Tensor, Tensor, Tensor]:
     """Where things are in the sequences trunk + branches.
 
     Returns:

@@ -100,7 +100,7 @@ def main(flags: argparse.Namespace) -> int:
         complaint = asked.refusal or (f"{asked.failed} pairs got no answer: run again" if asked.failed else "")
         verdicts = {pair_key(record): record["answers"] for record in _read(asked.output, {"answers": _are_answers})}
         _note_verdicts(outcome.output, verdicts)
-    _keep(flags, outcome, scores, verdicts, gone=len(pictures) - len(pairs), finished=not complaint)
+    write_kept(flags, outcome, scores, verdicts, gone=len(pictures) - len(pairs), finished=not complaint)
     if complaint:
         raise InputError(complaint)
     return 0
@@ -229,7 +229,7 @@ def _with_verdict(record: Record, answers: dict[str, bool] | None) -> Record:
     return {**record, "vlm": None if answers is None else all(answers.values())}
 
 
-def _keep(
+def write_kept(
     flags: argparse.Namespace,
     scored: Outcome,
     scores: list[Record],

@@ -77,7 +77,7 @@ class TextToImage:
         while len(pictures) < len(prompts):
             part = slice(len(pictures), len(pictures) + size)
             try:
-                pictures += self._paint(prompts[part], seeds[part], sampling)
+                pictures += self.paint_at_once(prompts[part], seeds[part], sampling)
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise InputError(
@@ -88,7 +88,10 @@ class TextToImage:
                 print(f"the GPU's memory holds no larger batch: continuing with {size} pictures at a time", flush=True)
         return pictures
 
-    def _paint(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image | None]:
+    def paint_at_once(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Image.Image | None]:
+        """Paint all prompts in one batch, which may not fit into memory."""
         wanted: dict[str, Any] = {
             "height": sampling.height,
             "width": sampling.width,

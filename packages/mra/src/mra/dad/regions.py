@@ -35,13 +35,14 @@ def main(args: argparse.Namespace) -> int:
         return 0
     require_model("--model", args.model, *MODEL_FILES)
     settings = ("model", "box_threshold", "text_threshold", "min_side", "overlap", "precision")
-    status = run_on_pictures(args, CAPTIONED, REGIONS, _build, settings=settings, fields=("caption",))
+    status = run_on_pictures(args, CAPTIONED, REGIONS, build, settings=settings, fields=("caption",))
     if status == 0 and args.shard.count == 1:
         pack(Path(args.work), Path(args.sda))
     return status
 
 
-def _build(args: argparse.Namespace) -> PictureProcess:
+def build(args: argparse.Namespace) -> PictureProcess:
+    """Load the detector; the result finds the regions of a batch of pictures."""
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
     device = choose_device(args.device)

@@ -207,8 +207,8 @@ class Retrieval(nn.Module, HubModel):
         """
         keys = self.text_encoder.image_keys(image_embeds)
         if negatives is None:
-            negatives = self._draw(image_feat, text_feat, idx)
-        return self._matching_loss(keys, image_atts, text_embeds, text_atts, negatives)
+            negatives = self.drawn_negatives(image_feat, text_feat, idx)
+        return self.pair_matching_loss(keys, image_atts, text_embeds, text_atts, negatives)
 
     def get_mlm_loss(
         self,
@@ -287,7 +287,7 @@ class Retrieval(nn.Module, HubModel):
         pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         region_keys, region_atts = keys, None
         if with_region and box_atts is not None and label is not None:
-            region_feat, region_keys, region_atts = self._region(image_embeds, keys, box_atts)
+            region_feat, region_keys, region_atts = self.region_features(image_embeds, keys, box_atts)
             pairs["region"] = region_feat, self.get_text_feat(embeds["region"]), label
         image_feat = self.get_image_feat(image_embeds)
         pairs["main"] = image_feat, self.get_text_feat(embeds["main"]), idx
@@ -296,12 +296,12 @@ class Retrieval(nn.Module, HubModel):
 
         itc = dict(zip(pairs, self._contrastive_losses(list(pairs.values()))))
         itm = {
-            name: self._matching_loss(
+            name: self.pair_matching_loss(
                 region_keys if name == "region" else keys,
                 region_atts if name == "region" else None,
                 embeds[name][:, : lengths[name]],
                 views[name][1][:, : lengths[name]],
-                given[name] if name in given else self._draw(*pair),
+                given[name] if name in given else self.drawn_negatives(*pair),
             )
             for name, pair in pairs.items()
         }
@@ -323,7 +323,7 @@ class Retrieval(nn.Module, HubModel):
         embeds = self.get_text_embeds(ids, atts).split([len(ids) for ids, _ in views.values()])
         return dict(zip(views, embeds))
 
-    def _region(
+    def region_features(
         self, image_embeds: Tensor, keys: list[KeysValues], box_atts: Tensor
     ) -> tuple[Tensor, list[KeysValues], Tensor]:
         """Feature of the box, and keys and mask with which a phrase looks at it.
@@ -371,7 +371,8 @@ class Retrieval(nn.Module, HubModel):
             for number in range(count)
         ]
 
-    def _draw(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> Negatives:
+    def drawn_negatives(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> Negatives:
+        """An image for each text and a text for each image, of other identities where there are any."""
         texts_of_image, images_of_text = self.itm_negative_weights(image_feat, text_feat, idx)
         self._warn_about_one_identity(texts_of_image)
         return draw_negatives(images_of_text), draw_negatives(texts_of_image)
@@ -387,7 +388,7 @@ class Retrieval(nn.Module, HubModel):
                 self._warned_about_one_identity = True
                 logger.warning("a batch holds one person only: the negatives of the matching loss are that person, too")
 
-    def _matching_loss(
+    def pair_matching_loss(
         self,
         keys: list[KeysValues],
         image_atts: Tensor | None,

@@ -149,7 +149,7 @@ class Matcher:
         ]
         result = torch.empty(len(images), device=self._device)
         for part in self._batches(queries):
-            self._in_memory(part, lambda some: self._judge(keys, images[some], queries[some]), result)
+            self._in_memory(part, lambda some: self.judge(keys, images[some], queries[some]), result)
         return result
 
     def _in_memory(self, part: Tensor, judge: Callable[[Tensor], Tensor], result: Tensor) -> None:
@@ -174,7 +174,8 @@ class Matcher:
             yield order[:size]
             lengths, order = lengths[size:], order[size:]
 
-    def _judge(self, keys: list[KeysValues], images: Tensor, queries: Tensor) -> Tensor:
+    def judge(self, keys: list[KeysValues], images: Tensor, queries: Tensor) -> Tensor:
+        """Matching logits `[pairs]` of the given images and queries, one of each a pair, in one batch."""
         lengths = self._lengths[queries]
         longest = int(lengths.max())
         rows = queries.to(self._device, non_blocking=True)

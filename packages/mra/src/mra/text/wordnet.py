@@ -20,13 +20,18 @@ def wordnet_synonyms(word: str) -> tuple[str, ...]:
     Raises:
         InputError: WordNet's data are not installed.
     """
-    names = (lemma for synset in _wordnet().synsets(word) for lemma in synset.lemma_names())
+    names = (lemma for synset in open_wordnet().synsets(word) for lemma in synset.lemma_names())
     cleaned = (_NOT_A_LETTER.sub("", name.replace("_", " ").replace("-", " ").lower()) for name in names)
     return tuple(dict.fromkeys(name for name in cleaned if name != word))
 
 
 @functools.lru_cache(maxsize=1)
-def _wordnet() -> Any:
+def open_wordnet() -> Any:
+    """NLTK's reader of WordNet, opened once.
+
+    Raises:
+        InputError: WordNet's data are not installed.
+    """
     from nltk.corpus import wordnet
 
     try:
@@ -45,7 +50,7 @@ def require_wordnet() -> None:
     Raises:
         InputError: its data are not installed.
     """
-    _wordnet()
+    open_wordnet()
 
 
 def read_synonyms(path: str | os.PathLike[str]) -> dict[str, list[str]]:

@@ -45,7 +45,7 @@ def compare(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs a CUDA device, and torch sees none; use --device cpu.")
-    memory = _MEMORY_SHARE * _free_memory(device)
+    memory = _MEMORY_SHARE * free_memory(device)
     methods: dict[str, Any] = {}
     absent: dict[str, str] = {}
     for name in dict.fromkeys(("gemm", "ours", *against)):
@@ -59,7 +59,7 @@ def compare(
         else:
             queries = most_queries(name, sizes, memory)
             try:
-                methods[name] = _in_fresh_process(name, sizes, queries, device, threads, precision, repeats)
+                methods[name] = in_fresh_process(name, sizes, queries, device, threads, precision, repeats)
             except RuntimeError as error:
                 if not libraries:
                     raise
@@ -129,7 +129,8 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _in_fresh_process(method: str, *arguments: Any) -> dict[str, Any]:
+def in_fresh_process(method: str, *arguments: Any) -> dict[str, Any]:
+    """Measure one method in a process of its own; RuntimeError if that fails."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_run, method, *arguments).result()
@@ -180,7 +181,8 @@ def _ratios(methods: dict[str, Any], queries: int, clock: str) -> dict[str, floa
     return {name: round(value, 4) for name, value in ratios.items()}
 
 
-def _free_memory(device: str) -> int:
+def free_memory(device: str) -> int:
+    """Bytes that are free on the device, or in this machine for the CPU."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return linux_bytes("/proc/meminfo", "MemAvailable") or 8 << 30  # not Linux: a laptop's worth

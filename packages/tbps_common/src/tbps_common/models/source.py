@@ -45,6 +45,15 @@ def is_model(path: str | os.PathLike[str]) -> bool:
     return os.path.isfile(path) or is_hub_folder(path)
 
 
+def results_folder(folder: Path) -> Path:
+    """Where a model's results go if nothing else is named: its own folder, or `results/owner--name` for a download from the hub.
+
+    What lies in the cache belongs to the hub's client, and what is added there is lost when the cache is cleaned.
+    """
+    repository = folder.resolve().parents[1].name if folder.resolve().parent.name == "snapshots" else ""
+    return Path("results", repository.removeprefix("models--")) if repository.startswith("models--") else folder
+
+
 def _is_repository(name: str) -> bool:
     owner = name.partition("/")[0]
     return bool(_REPOSITORY.fullmatch(name)) and not _FILE.search(name) and not os.path.isdir(owner)

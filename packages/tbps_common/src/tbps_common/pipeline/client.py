@@ -344,7 +344,7 @@ class ChatClient:
         if status == 404 and self.answers == 0:
             return ServerRefusal(f"{self.server} has no such address or model ({reason}): check --base_url and --model")
         if status in RETRIED_STATUS or status >= 500:
-            return _Passing(reason, _retry_after(headers))
+            return _Passing(reason, seconds_to_wait(headers))
         if self._learn(json.dumps(body, default=str), details.get("param"), fields):
             return _Relearned()
         return RequestFailed(reason)
@@ -461,7 +461,7 @@ def _check_connection_variables() -> None:
             )
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks to wait, given as milliseconds, seconds or a date."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name)

@@ -67,7 +67,7 @@ def count_ahead(block: Tensor, bounds: np.ndarray, positions: np.ndarray, scores
     Returns:
         int64, one count for each positive.
     """
-    return (_count_on_cpu if block.device.type == "cpu" else _count_by_slots)(block, bounds, positions, scores)
+    return (_count_on_cpu if block.device.type == "cpu" else count_by_slots)(block, bounds, positions, scores)
 
 
 def _count_on_cpu(block: Tensor, bounds: np.ndarray, positions: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -116,7 +116,7 @@ def _count_sorted(values: np.ndarray, columns: np.ndarray, positions: np.ndarray
     return above
 
 
-def _count_by_slots(block: Tensor, bounds: np.ndarray, positions: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def count_by_slots(block: Tensor, bounds: np.ndarray, positions: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """The same on an accelerator: the m-th positive of all queries at once, one comparison pass over the block each."""
     device, columns = block.device, block.shape[1]
     counts = np.diff(bounds)

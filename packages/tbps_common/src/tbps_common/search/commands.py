@@ -18,7 +18,7 @@ from tbps_common.report.pictures import RankedQuery, ranked_list
 from tbps_common.search.ann import SMALLEST, build_index, measure_recall
 from tbps_common.search.detect import VIDEOS, open_detector
 from tbps_common.search.erase import erase
-from tbps_common.search.gallery import Hit, list_galleries, open_gallery
+from tbps_common.search.gallery import Hit, list_galleries, move_root, open_gallery
 from tbps_common.search.index import Counts, list_pictures, update_gallery
 from tbps_common.search.metadata import read_metadata
 from tbps_common.search.retriever import Query, Retriever, Round, open_retriever
@@ -32,6 +32,11 @@ def index(flags: argparse.Namespace) -> int:
         removed = erase(flags.out, flags.path, flags.where, from_disk=flags.files)
         print(Counts(removed=removed, total=max(map(len, list_galleries(flags.out)))))
         return 0
+    if flags.root:
+        move_root(flags.out, flags.root)
+        if not flags.images:
+            print(Counts(total=max(map(len, list_galleries(flags.out)))))
+            return 0
     return run_index(
         flags,
         lambda: open_retriever(flags.model, device=flags.device, trust=flags.trust_checkpoint),
@@ -53,8 +58,8 @@ def run_index(
     """
     pictures = list_pictures(flags.images, SUFFIXES + VIDEOS if flags.detect else SUFFIXES)
     metadata = read_metadata(flags.metadata) if flags.metadata else None
-    if os.path.exists(flags.out):
-        list_galleries(flags.out, empty=True)
+    if "://" in flags.out or os.path.exists(flags.out):
+        list_galleries(flags.out, empty=True)  # before the model is loaded, so that a wrong place is reported at once
     model = open_model()
     if model.note:
         print(f"note: {model.note}")

@@ -212,6 +212,24 @@ def create_gallery(
     return gallery
 
 
+def move_root(path: str | os.PathLike[str], root: str) -> None:
+    """Record, for the galleries of all models, that the folder of the pictures lies at another place now.
+
+    Raises:
+        InputError: none of the pictures lies there.
+        OSError: the gallery cannot be written.
+    """
+    galleries = list_galleries(path)
+    for gallery in galleries:
+        files = replace(gallery, root=os.path.realpath(root)).files()
+        if files and not any(map(os.path.isfile, files)):
+            raise InputError(f"--root {root}: none of the pictures of {os.fspath(path)} lies there, such as {files[0]}")
+    for gallery in galleries:
+        update = {"path": "path", "metadata": {"root": os.path.realpath(root).translate(_TO_STORE)}}
+        with explained(path):
+            gallery.table.update_field_metadata(update)
+
+
 def rank(
     gallery: Gallery,
     queries: Features,
@@ -393,13 +411,6 @@ def has_index(gallery: Gallery) -> bool:
         return any(ann_column(gallery) in index.columns for index in gallery.table.list_indices())
 
 
-def row_numbers(gallery: Gallery) -> Tensor:
-    """Row numbers of all pictures, in their order."""
-    with explained(gallery.path):
-        found = gallery.table.search().where("problem IS NULL").select(["key"]).with_row_id(True).to_arrow()
-    return torch.from_numpy(found["_rowid"].to_numpy().astype("int64"))
-
-
 def check_filter(gallery: Gallery, where: str | None) -> str | None:
     """The user's condition, safe to hand to the database, which evaluates conditions only and reads no files for them.
 
@@ -484,8 +495,12 @@ def _length(feature: Feature) -> int:
 
 
 def connect(path: str | os.PathLike[str], *, create: bool = False) -> Any:
-    """Open a database, whose folder must be there unless `create`."""
+    """Open a database, which must be there unless `create`."""
     place = os.fspath(path)
+    if place.startswith("memory:"):
+        raise GalleryError(
+            f"{place} would be forgotten when the command ends: give a folder, or s3://BUCKET/people.lance"
+        )
     if "://" not in place:
         if os.path.isfile(place):
             with open(place, "rb") as file:
@@ -520,7 +535,8 @@ def _opened(path: str | os.PathLike[str], database: Any, name: str) -> Gallery |
         return None
     try:
         features = tuple(Feature(**{**one, "shape": tuple(one["shape"])}) for one in json.loads(about["features"]))
-        root = about["root"].translate(_FROM_STORE)
+        moved = (table.schema.field("path").metadata or {}).get(b"root", b"").decode()
+        root = (moved or about["root"]).translate(_FROM_STORE)
         return Gallery(os.fspath(path), table, about["model"], about["fingerprint"], root, features, about["detect"])
     except (KeyError, TypeError, ValueError) as error:
         raise GalleryError(
@@ -551,10 +567,11 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         for number, words in _SYSTEM.items():
             if words in text or getattr(error, "errno", None) == number:
                 raise OSError(number, os.strerror(number), place) from error
-        reason = (text.splitlines() or [type(error).__name__])[0][:300]
-        raise GalleryError(
-            f"{place} cannot be used ({reason}): if it is damaged, delete the folder and index again"
-        ) from error
+        reason = re.sub(r",? ?/\S*\.rs.*", "", (text.splitlines() or [type(error).__name__])[0])[:300]
+        remedy = "if it is damaged, delete the folder and index again"
+        if "://" in place:
+            remedy = "check the address, and the credentials in the environment (docs/search.md)"
+        raise GalleryError(f"{place} cannot be used ({reason}): {remedy}") from error
 
 
 _SYSTEM = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tbps_world.synth.attributes import MENTIONABLE, Person, attribute_codes, sample_people
+from tbps_world.synth.camera import FACINGS
 from tbps_world.synth.captions import Caption, Crowd, write_caption
 from tbps_world.synth.drawing import Drawing
 from tbps_world.synth.layouts.registry import LAYOUTS
@@ -79,11 +80,11 @@ def shots(
     seed: int = SEED,
     pool: str = "start weights",
 ) -> Iterator[Shot]:
-    """Draw everybody, person after person, from the front and from behind (and from both sides with 4 views).
+    """Draw everybody, person after person.
 
     Args:
         people: whom; their captions tell them apart from each other.
-        views: pictures of each.
+        views: pictures of each: 4 show all sides, 2 front and right of one person, back and left of the next.
         height: of the pictures in pixels, even; they are half as wide.
         captions: of each picture.
         words: least and largest number of words of a caption.
@@ -93,7 +94,10 @@ def shots(
     settings = Settings("start weights", seed, len(people), 0, 0, views, height)
     crowd = Crowd(attribute_codes(people).T.copy())
     for number, person in enumerate(people):
-        for view in range(views):
+        for place in range(views):
+            view = (number + place * max(1, len(FACINGS) // views)) % len(FACINGS) + place // len(FACINGS) * len(
+                FACINGS
+            )
             picture = Picture(pool, number, view, person)
             drawing, facing = draw_picture(picture, settings), camera_of(picture, seed).facing
             generator = stream(seed, pool, number, view, "captions")

@@ -4,6 +4,8 @@ Every step is an ordinary command, echoed before it runs. A second call continue
 """
 
 import argparse
+import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,21 @@ from typing import Any
 from mra.config import load_config
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.mra_steps import run_script
-from tbps_world.toys.steps import StepFailed, call
+from tbps_world.toys.mra_steps import run_script, set_entry
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, echo, start_weights
 
 DESCRIPTION = """\
-Draw a world of synthetic pedestrians, make tiny networks, pre-train them on generated pictures with region phrases
-(--task sda), fine-tune them (--task cuhk) and evaluate the result, with the paper's own commands. Needs no download and
-no GPU; about a quarter of an hour on one processor.
+Draw a world of synthetic pedestrians, make tiny networks that start from a Swin and a BERT of tbps-train-tiny, pre-train
+them on generated pictures with region phrases (--task sda), fine-tune them (--task cuhk), choose the settings of the
+re-ranking on the validation persons, and evaluate the result, with the paper's own commands. Needs no download and no GPU.
 """
 
 LAYOUTS = "cuhk,finetune,sda"
-# The similarity weighs more than with the 4 of f4: the matching stage of so small a network is the weaker of the two.
-SCORE_WORLD = ("--score_world", "16")
+# With trained start weights; from random ones as many as the configurations of mra-make-tiny say.
+EPOCHS = {"sda": 2, "cuhk": 7}
+# While training; in the end the validation persons decide.
+SCORE_WORLD = "16"
+BEST, CHOSEN = "out/ft_cuhk/checkpoint_best.pth", "out/ft_cuhk/checkpoint_reranking.pth"
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 
 
@@ -35,11 +40,15 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     try:
         _make_world(out, flags.preset)
-        _make_tiny(out, flags.networks)
-        _train(out, "sda", flags.sda_epochs, [])
-        last = load_config(out / "configs/sda.yaml")["schedular"]["epochs"]
-        pretrained = f"out/pre_sda/checkpoint_{(flags.sda_epochs or last) - 1}.pth"
-        _train(out, "cuhk", flags.cuhk_epochs, ["--checkpoint", pretrained, "--select", "val", *SCORE_WORLD])
+        taught = _make_tiny(out, flags.networks, flags.start)
+        if flags.no_regions:
+            set_entry(out, "sda", "region", 0)
+        sda, cuhk = _epochs(out, taught, flags)
+        pretrained = f"out/pre_sda/checkpoint_{sda - 1}.pth" if sda else _unpretrained(out)
+        if sda:
+            _train(out, "sda", sda, flags.seed, ["--select", "val"])
+        more = ["--checkpoint", pretrained, "--select", "val", "--score_world", SCORE_WORLD]
+        _train(out, "cuhk", cuhk, flags.seed, more)
         _evaluate(out)
     except StepFailed as failure:
         return failure.status
@@ -53,30 +62,68 @@ def _make_world(out: Path, preset: str) -> None:
     call("tbps-synth", synth_main, ["--out", str(out), "--preset", preset, "--layouts", LAYOUTS])
 
 
-def _make_tiny(out: Path, networks: str) -> None:
+def _make_tiny(out: Path, networks: str, start: str) -> bool:
+    """Returns whether the networks start from trained weights."""
     from tbps_world.cli import mra_tiny_main
 
     lexicon = str(out / "lexicon.txt")
     call("mra-make-tiny", mra_tiny_main, ["--out", str(out), "--lexicon", lexicon, "--preset", networks])
+    weights = start_weights("swin_bert", RANDOM if networks == "tiny" else start)
+    if weights is None:
+        return False
+    echo(["cp", "-r", f"{weights}/*", str(out / "data")])
+    shutil.copytree(weights, out / "data", dirs_exist_ok=True)
+    return True
 
 
-def _train(out: Path, task: str, epochs: int | None, more: list[str]) -> None:
+def _epochs(out: Path, taught: bool, flags: argparse.Namespace) -> tuple[int, int]:
+    """Epochs of pre-training and fine-tuning."""
+    own = {task: load_config(out / f"configs/{task}.yaml")["schedular"]["epochs"] for task in EPOCHS}
+    usual = EPOCHS if taught else own
+    given = flags.sda_epochs, flags.cuhk_epochs
+    return (
+        usual["sda"] if given[0] is None else given[0],
+        usual["cuhk"] if given[1] is None else given[1],
+    )
+
+
+def _unpretrained(out: Path) -> str:
+    """A checkpoint of the start weights as they are; returns its name."""
+    from mra.model import Retrieval
+    from tbps_common.datasets import read_json
+    from tbps_common.run.checkpoint import save_checkpoint
+
+    config = load_config(out / "configs/sda.yaml")
+    vision = read_json(out / config["vision_config"])
+    vision["ckpt"] = str(out / vision["ckpt"])
+    places = {"text_config": str(out / config["text_config"]), "text_encoder": str(out / config["text_encoder"])}
+    model = Retrieval({**config, **places, "vision_config": vision})
+    save_checkpoint({"model": dict(model.state_dict()), "config": config}, out / "data/checkpoint/start.pth")
+    return "data/checkpoint/start.pth"
+
+
+def _train(out: Path, task: str, epochs: int, seed: int, more: list[str]) -> None:
     """Train, or go on with what an earlier call has begun."""
     folder = f"out/{'pre' if task == 'sda' else 'ft'}_{task}"
     arguments = ["--task", task, "--dist", "f4", "--output_dir", folder, *more, "--num_workers", "1"]
-    if epochs:
-        arguments += ["--epo", str(epochs)]
+    arguments += ["--epo", str(epochs), "--seed", str(seed)]
     if (out / folder / "last.pth").is_file():
         arguments.append("--resume")
     run_script(out, arguments)
 
 
 def _evaluate(out: Path) -> None:
-    best = "out/ft_cuhk/checkpoint_best.pth"
-    if not (out / best).is_file():
-        raise InputError(f"the training left no {out / best}, as no epoch found a single person: train for more epochs")
-    arguments = ["--task", "cuhk", "--dist", "f4", "--output_dir", "out/eval_cuhk", "--checkpoint", best]
-    run_script(out, [*arguments, "--evaluate", "--report", *SCORE_WORLD, "--num_workers", "1"])
+    from tbps_common.files import write_json
+    from tbps_world.toys.mra_reranking import choose_reranking
+
+    if not (out / BEST).is_file():
+        raise InputError(f"the training left no {out / BEST}, as no epoch found a single person: train for more epochs")
+    choice = choose_reranking(out, out / BEST, out / CHOSEN)
+    print(f"chosen: k_test {choice.k_test} (now in {out / 'configs/cuhk.yaml'}), --score_world {choice.score_world}")
+    write_json(out / "reranking.json", dataclasses.asdict(choice))
+    arguments = ["--task", "cuhk", "--dist", "f4", "--output_dir", "out/eval_cuhk", "--checkpoint", CHOSEN]
+    arguments += ["--score_world", str(choice.score_world)]
+    run_script(out, [*arguments, "--evaluate", "--report", "--num_workers", "1"])
 
 
 def _conclude(out: Path, seconds: float) -> None:
@@ -123,8 +170,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--networks",
         choices=("tiny", "toy"),
         default="toy",
-        help="sizes that mra-make-tiny writes; tiny learns nothing",
+        help="sizes that mra-make-tiny writes; tiny starts from random weights and learns nothing",
     )
-    parser.add_argument("--sda_epochs", type=whole_number(1), metavar="N", help="epochs of the pre-training")
+    add_start(parser)
+    parser.add_argument("--sda_epochs", type=whole_number(0), metavar="N", help="epochs of the pre-training; 0: none")
+    parser.add_argument("--no_regions", action="store_true", help="pre-train without the region loss")
+    parser.add_argument("--seed", type=whole_number(0), default=42, help="of both trainings")
     parser.add_argument("--cuhk_epochs", type=whole_number(1), metavar="N", help="epochs of the fine-tuning")
     return parser.parse_args(argv)
