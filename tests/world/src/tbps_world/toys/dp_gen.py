@@ -61,7 +61,7 @@ README_FLAGS = (
 
 # What is appended, so that tiny models learn on a CPU within minutes. The last value of a flag counts.
 LEARNING_FLAGS = (
-    *("--lr", "2e-3"),
+    *("--lr", "1e-3"),
     *("--lr_scheduler", "cosine"),
     *("--lr_warmup_steps", "20"),
     *("--train_batch_size", "16"),
