@@ -23,12 +23,15 @@ A model that is there, trained with the same settings, is kept.
 # as many as are needed. Imported when its turn has come, for what one model needs another one may do without.
 MODELS: dict[str, str] = {
     "clip": "tbps_world.pretrain.clip:train_clip",
+    "blip2": "tbps_world.pretrain.blip2:train_blip2",
     "diffusion": "tbps_world.pretrain.diffusion:train",
     "image_encoder": "tbps_world.pretrain.image_encoder:train",
     "detector": "tbps_world.pretrain.detector:train",
     "pose": "tbps_world.pretrain.pose:train",
     "captioner": "tbps_world.pretrain.captioner:train",
 }
+NEEDS = {"blip2": "clip"}
+"""Models that begin with another one, which lies beside them."""
 RECORD = "start.json"
 VERSION = 1
 """Raised whenever the same settings would train another model."""
@@ -40,7 +43,8 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in flags.names if name not in MODELS]
     if unknown:
         raise InputError(f"{unknown[0]} is not a start weight: choose from {', '.join(MODELS)}.")
-    for name in flags.names:
+    names = [one for name in flags.names for one in (NEEDS.get(name), name) if one]
+    for name in dict.fromkeys(names):
         _train(name, Path(flags.out) / name, flags.seed, flags.steps)
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call, checkout_of, echo, run_child, start_weights
+from tbps_world.toys.steps import StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own train command, test it with the
@@ -84,14 +84,14 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     try:
         _make_world(out / "world", flags.preset)
-        if flags.start == "random":
-            clip = out / RANDOM_CLIP
+        start = start_weights("clip", flags.start)
+        clip = out / RANDOM_CLIP if start is None else start / "clip.pt"
+        if start is None:
             _make_tiny_clip(clip)
-        else:
-            clip = start_weights(["clip"], flags.start)[0] / "clip.pt"
         rows = []
         for attention in flags.lfa_attention:
-            run_directory = _train(out, train_arguments(out, attention, clip, flags.epochs), attention)
+            arguments = train_arguments(out, attention, clip, flags.epochs)
+            run_directory = _train(out, [*arguments, "--seed", str(flags.seed), *flags.more], attention)
             for batch in TEST_BATCHES[attention]:
                 rows.append((attention, batch, _test(run_directory, batch)))
     except StepFailed as failure:
@@ -237,7 +237,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="small",
         help="size of the world (default: %(default)s)",
     )
-    parser.add_argument("--start", metavar="DIR", default=START, help=f"{START_HELP} (default: %(default)s)")
+    add_start(parser)
+    parser.add_argument("--seed", type=whole_number(0), default=1, help="of the training (default: %(default)s)")
+    parser.add_argument(
+        "--more",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="flags to append to the training command, as in --more='--lr 1e-4'",
+    )
     parser.add_argument("--epochs", type=whole_number(1), help="epochs of each model instead of the tuned number")
     parser.add_argument(
         "--lfa_attention",

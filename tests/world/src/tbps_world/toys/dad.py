@@ -16,7 +16,7 @@ from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_world.tiny.dad import MANIFEST_NAME as TINY_MANIFEST
 from tbps_world.toys.mra_steps import run_script
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, run all five stages of mra-dad on it with small networks, and pre-train MRA's toy on
@@ -29,7 +29,6 @@ from one on pictures of the diffusion model as it is (not aligned with the targe
 tested on unseen persons.
 """
 
-RANDOM = "random"
 START_NAMES = ("diffusion", "captioner", "detector", "pose")
 SIZES = {True: ("--height", "128", "--width", "64"), False: ("--height", "64", "--width", "32")}
 """Of the pictures: with start weights, and with the toy's own networks."""
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mra-dad-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--out", default="dad_toy", metavar="DIR", help="folder for everything that is written")
     parser.add_argument("--ids", type=whole_number(8), default=100, help="synthetic persons")
-    parser.add_argument("--start", metavar="DIR", default=START, help=START_HELP)
+    add_start(parser)
     parser.add_argument(
         "--steps",
         type=whole_number(0),
@@ -99,10 +98,11 @@ def _find_models(out: Path, args: argparse.Namespace) -> None:
 
     if args.start != RANDOM:
         (out / MODELS).mkdir(exist_ok=True)
-        for name, folder in zip(START_NAMES, start_weights(START_NAMES, args.start)):
-            place = out / MODELS / name
+        for name in START_NAMES:
+            trained, place = start_weights(name, args.start), out / MODELS / name
+            assert trained is not None
             place.unlink(missing_ok=True)
-            place.symlink_to(folder.resolve())
+            place.symlink_to(trained.resolve())
         return
     with working_directory(out):
         if (Path(MODELS) / TINY_MANIFEST).is_file():

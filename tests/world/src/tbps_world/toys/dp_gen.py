@@ -17,7 +17,7 @@ from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
 from tbps_world.tiny.dp_gen_command import VAE_UPDATES
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call, checkout_of, echo, run_child, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny editor on it with the paper's own train command, edit test images and
@@ -74,7 +74,7 @@ LEARNING_FLAGS = (
     *("--checkpointing_steps", "100"),
 )
 UPDATES, IDS = 400, 150
-RANDOM, RANDOM_FLAGS = "random", ("--lr", "4e-3", "--mask_loss_prob", "0.25")  # the background must be learnt, too
+RANDOM_FLAGS = ("--lr", "4e-3", "--mask_loss_prob", "0.25")  # the background must be learnt, too
 UNET_WIDTH = 32  # the default of dp-make-tiny cannot learn to paint
 COLOURLESS = "colourless"
 
@@ -113,13 +113,14 @@ def _find_models(out: Path, args: argparse.Namespace) -> None:
     """Put the models where the paper's command looks for them: start weights, or random ones."""
     from tbps_world.cli import dp_tiny_main
 
-    places = [out / BASE_MODEL, out / IMAGE_ENCODER]
-    if args.start != RANDOM:
-        for place, folder in zip(places, start_weights(["diffusion", "image_encoder"], args.start)):
+    places = {"diffusion": out / BASE_MODEL, "image_encoder": out / IMAGE_ENCODER}
+    for name, place in places.items():
+        trained = start_weights(name, args.start)
+        if trained is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
-            place.symlink_to(folder.resolve())
-    elif not all(place.is_dir() for place in places):
+            place.symlink_to(trained.resolve())
+    if args.start == RANDOM and not all(place.is_dir() for place in places.values()):
         arguments = [
             *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
             *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),
@@ -288,7 +289,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--preset", choices=("tiny", "small", "medium"), default="small", help="kind of world (default: %(default)s)"
     )
     parser.add_argument("--ids", type=whole_number(3), default=IDS, help="persons of it (default: %(default)s)")
-    parser.add_argument("--start", metavar="DIR", default=START, help=f"{START_HELP} (default: %(default)s)")
+    add_start(parser)
     parser.add_argument(
         "--updates", type=whole_number(1), default=UPDATES, help="training updates (default: %(default)s)"
     )
