@@ -31,6 +31,7 @@ def test_diffusion_and_its_image_encoder_fit_dp(tmp_path: Path, monkeypatch: pyt
     from dp_gen.model.parts import load_generation_scheduler, load_training_scheduler
     from dp_gen.options import parse_args
 
+    monkeypatch.setattr("tbps_world.pretrain.diffusion.SAMPLES", 2)
     figures = trained("diffusion", tmp_path / "diffusion", monkeypatch)
     assert 0 <= figures["upper_colour_sampled"] <= 1
     trained("image_encoder", tmp_path / "image_encoder", monkeypatch)

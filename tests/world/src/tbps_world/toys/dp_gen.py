@@ -73,7 +73,7 @@ LEARNING_FLAGS = (
     *("--dataloader_num_workers", "0"),
     *("--checkpointing_steps", "100"),
 )
-UPDATES, IDS = 400, 150
+UPDATES, IDS = 300, 150
 RANDOM_FLAGS = ("--lr", "4e-3", "--mask_loss_prob", "0.25")  # the background must be learnt, too
 UNET_WIDTH = 32  # the default of dp-make-tiny cannot learn to paint
 COLOURLESS = "colourless"

@@ -17,7 +17,7 @@ from tbps_common.files import write_json
 from tbps_common.pipeline.stages import manifest_path
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
 from tbps_world.toys.fafa import COLUMNS, LEARNING_FLAGS, MODEL_NAME, RANDOM_FLAGS, README_FLAGS, START_FLAGS
-from tbps_world.toys.steps import RANDOM, StepFailed, add_start, start_weights
+from tbps_world.toys.steps import StepFailed, add_start, start_weights
 
 DESCRIPTION = """\
 From scratch to a trained FAFA with tiny models, on the CPU:
