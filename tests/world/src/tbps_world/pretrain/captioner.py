@@ -18,9 +18,9 @@ from tbps_world.synth.vocabulary import SYNONYMS
 from tbps_world.tiny.dad import tokenizer
 from tbps_world.tiny.mra import make_vocabulary
 
-PEOPLE, LEFT_ASIDE = 800, 40
+PEOPLE, LEFT_ASIDE = 500, 40
 SIDE, WIDTH, QUERIES = 64, 64, 8
-STEPS, BATCH = 700, 16
+STEPS, BATCH = 450, 16
 
 
 def train(folder: Path, *, seed: int = 0, steps: int | None = None) -> dict[str, float]:

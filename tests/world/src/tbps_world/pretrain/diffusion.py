@@ -331,6 +331,4 @@ def fit(
 
 def _batches(count: int, batch: int) -> Iterator[Tensor]:
     while True:
-        for part in torch.randperm(count).split(batch):
-            if len(part) == batch:
-                yield part
+        yield from torch.randperm(count).split(batch)[: max(1, count // batch)]  # whole ones, unless there is none
