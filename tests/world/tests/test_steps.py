@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tbps_world.toys.steps import StepFailed, call, echo, run_child
+from tbps_world.pretrain import commands
+from tbps_world.toys.steps import StepFailed, call, echo, run_child, start_weights
 
 
 def test_a_step_is_shown_and_its_status_passed_on(capsys):
@@ -23,6 +24,23 @@ def test_a_step_is_shown_and_its_status_passed_on(capsys):
 def test_echo_names_the_folder(capsys):
     echo(["cd", "a b", "&&", "ls"], Path("x"))
     assert capsys.readouterr().out == "\n(in x) $ cd 'a b' && ls\n\n"
+
+
+def train_nothing(folder, *, seed, steps):
+    (folder / "weights").touch()
+    return {}
+
+
+def test_start_weights_are_trained_once_or_random(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(commands.MODELS, "nothing", f"{__name__}:train_nothing")
+    monkeypatch.chdir(tmp_path)
+    for said in ("written to", "is there"):
+        folder = start_weights("nothing", "build/start")
+        assert folder == tmp_path / "build/start/nothing" and (folder / "weights").is_file()
+        shown = capsys.readouterr().out
+        assert "$ tbps-train-tiny nothing --out build/start" in shown and said in shown
+    assert start_weights("nothing", "random") is None
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(2)", 2), ("import os; os.kill(os.getpid(), 9)", 137)])

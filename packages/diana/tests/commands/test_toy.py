@@ -57,7 +57,7 @@ def test_sizes_of_the_towers_can_be_chosen(tmp_path: Path, capsys: pytest.Captur
     config = DiaNAConfig.from_pretrained(tmp_path / "t" / "configs")
     assert config.logit_scale == 10 and config.vision_config["depths"] == [2, 2]
     model = DiaNAModel.from_backbones(config, tmp_path / "t" / "swinv2-tiny", tmp_path / "t" / "llama-tiny")
-    assert model.vision_projection.in_features == 128
+    assert model.vision_projection.in_features == 96
     for wrong, sentence in (
         (["--depths", "1"], "1 stages and --num_heads 4"),
         (["--num_heads", *"3244"], "3 does not"),
@@ -70,8 +70,8 @@ def test_sizes_of_the_towers_can_be_chosen(tmp_path: Path, capsys: pytest.Captur
 def test_toy_appends_to_the_released_flags(
     stage: str, tmp_path: Path, script_words: Callable[..., list[str]], script_environment: dict[str, str]
 ) -> None:
-    variables = {**script_environment, **environment(tmp_path, stage)}
-    words = script_words(f"{stage}.sh", variables, *stage_flags(stage, 3))
+    variables = {**script_environment, **environment(tmp_path, stage, tmp_path / "tiny")}
+    words = script_words(f"{stage}.sh", variables, *stage_flags(stage, 5, 3))
     args, rest = parse_train_flags(words[words.index("main/train/train.py") + 1 :])
     assert args.force_image_size == [128, 64]
     assert args.overwrite_output_dir is False
@@ -91,7 +91,18 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "toy"
-    flags = ["--out", str(out), "--preset", "tiny", "--pretrain_steps", "2", "--finetune_steps", "2"]
+    flags = [
+        "--out",
+        str(out),
+        "--preset",
+        "tiny",
+        "--start",
+        "random",
+        "--pretrain_steps",
+        "2",
+        "--finetune_steps",
+        "2",
+    ]
     assert diana_toy_main(flags) == 0
     shown = capfd.readouterr().out
     assert re.findall(r"shell/(\w+)\.sh", shown) == ["pretrain", "finetune", "eval"]

@@ -74,9 +74,7 @@ def infer(run: TrainedRun, itcpr: ITCPR, flags: argparse.Namespace) -> int:
     return status
 
 
-def _write_results(
-    folder: Path, values: Hyperparameters, result: RetrievalResult, flags: argparse.Namespace
-) -> None:
+def _write_results(folder: Path, values: Hyperparameters, result: RetrievalResult, flags: argparse.Namespace) -> None:
     """The authors' block of text and their JSON file."""
     metrics = result.metrics
     print("ITCPR results")

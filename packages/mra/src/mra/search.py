@@ -97,10 +97,11 @@ def mra_retriever(model: Retrieval, config: dict[str, Any], tokenizer: Any, name
     """A trained model as a retriever: the cosine of a sentence and a picture, and the fusion encoder as its judge.
 
     With `test_hflip` in the configuration the features of a picture are the mean of its own and its mirror image's, as the
-    released evaluation has it.
+    released evaluation has it. With `score_world` in it, the judge combines the scores as `--score_world` does.
     """
     device = model.temp.device
     views = 2 if config.get("test_hflip") else 1
+    score_world = int(config.get("score_world", 1))
 
     def encode_images(pictures: Tensor) -> Features:
         features = image_features(model, pictures, len(pictures))[1]
@@ -138,7 +139,9 @@ def mra_retriever(model: Retrieval, config: dict[str, Any], tokenizer: Any, name
         everything = torch.cat([scores, scores.new_tensor([lowest])])[None]
         judged = torch.arange(len(pictures))[None]
         flipped = joined[1] if views == 2 else None
-        return rerank(everything, judged, joined[0], itm_flip=flipped, weight=SIMILARITY_WEIGHT)[0, :-1]
+        return rerank(
+            everything, judged, joined[0], itm_flip=flipped, weight=SIMILARITY_WEIGHT, legacy_world_size=score_world
+        )[0, :-1]
 
     transform = build_transforms(config)["test"]
     with torch.inference_mode():

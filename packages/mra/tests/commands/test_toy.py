@@ -11,7 +11,8 @@ from tbps_world.cli import mra_toy_main
 
 @pytest.mark.slow
 def test_toy_runs_to_its_table_and_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    flags = ["--out", str(tmp_path / "toy"), "--preset", "tiny", "--sda_epochs", "1", "--cuhk_epochs", "2"]
+    flags = ["--out", str(tmp_path / "toy"), "--preset", "tiny", "--start", "random"]
+    flags += ["--sda_epochs", "1", "--cuhk_epochs", "2"]
     assert mra_toy_main(flags) == 0
     shown = capfd.readouterr().out
     commands = [line for line in shown.splitlines() if line.startswith("$ ") and "torch" not in line]

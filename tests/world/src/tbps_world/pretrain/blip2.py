@@ -56,7 +56,7 @@ MODEL: dict[str, Any] = {
     },
     "mfr_hidden_dim": WIDTH,
 }
-STEPS, BATCH, RATE = 1200, 64, 1e-3
+STEPS, BATCH, RATE = 900, 64, 1e-3
 
 
 def train_blip2(folder: Path, *, seed: int, steps: int | None) -> dict[str, float]:

@@ -24,6 +24,8 @@ A model that is there, trained with the same settings, is kept.
 MODELS: dict[str, str] = {
     "clip": "tbps_world.pretrain.clip:train_clip",
     "blip2": "tbps_world.pretrain.blip2:train_blip2",
+    "swin_bert": "tbps_world.pretrain.swin_bert:train",
+    "swin_llama": "tbps_world.pretrain.swin_llama:train",
     "diffusion": "tbps_world.pretrain.diffusion:train",
     "image_encoder": "tbps_world.pretrain.image_encoder:train",
     "detector": "tbps_world.pretrain.detector:train",

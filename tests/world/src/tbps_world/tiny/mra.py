@@ -9,6 +9,7 @@ import copy
 import io
 import re
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ The preset tiny shows that everything runs, and learns next to nothing; toy is w
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEXT_CONFIG = "configs/config_bert_tiny.json"
+# Where the configurations look for the start weights.
+SWIN, BERT = "data/swin_base_patch4_window7_224_22k.pth", "data/bert-base-uncased"
 
 # Words of the synthetic captions that mean the same; only those of the lexicon are written.
 SYNONYMS = {
@@ -105,7 +108,9 @@ PRESETS = {
             "num_attention_heads": 4,
             "num_hidden_layers": 4,
             "intermediate_size": 128,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": 80,
+            # With BERT's 0.02 so narrow a network attends to everything alike for its first hundreds of steps.
+            "initializer_range": 0.08,
             "fusion_layer": 2,
         },
         all_tasks={
@@ -172,23 +177,29 @@ def write_tiny(out: Path, preset: Preset, vocabulary: list[str], seed: int) -> N
         vocabulary: tokens by id.
         seed: of all weights.
     """
-    vision = {
-        "sda": _vision_config("config_swinB_224x224.json", preset, preset.pretraining_size),
-        **dict.fromkeys(TASKS[1:], _vision_config("config_swinB_384x256.json", preset, preset.finetuning_size)),
-    }
-    text = {**_read_shipped("config_bert.json"), **preset.text, "vocab_size": len(vocabulary)}
-    text["encoder_width"] = preset.vision["vision_width"]
+    vision, text = network_sizes(preset, len(vocabulary))
     write_json(out / TEXT_CONFIG, text)
     for task, sizes in vision.items():
         write_json(out / _vision_path(sizes), sizes)
         _write_yaml(out / f"configs/{task}.yaml", task, sizes, preset)
-    _write_bert_folder(out / "data/bert-base-uncased", text, vocabulary)
+    write_bert_settings(out / BERT, text, vocabulary)
     known = set(vocabulary)
     table = {word: synonyms for word, synonyms in SYNONYMS.items() if word in known}
     write_json(out / "data/synonyms.json", table)
     for name, call in (("run.py", "run_main"), ("Retrieval.py", "retrieval_main")):
         write_text(out / name, _SCRIPT.format(call=call))
     _write_weights(out, vision, text, seed)
+
+
+def network_sizes(preset: Preset, words: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """`vision_config` of each task, and `text_config` for a vocabulary of so many words."""
+    vision = {
+        "sda": _vision_config("config_swinB_224x224.json", preset, preset.pretraining_size),
+        **dict.fromkeys(TASKS[1:], _vision_config("config_swinB_384x256.json", preset, preset.finetuning_size)),
+    }
+    text = {**_read_shipped("config_bert.json"), **preset.text, "vocab_size": words}
+    text["encoder_width"] = preset.vision["vision_width"]
+    return vision, text
 
 
 _SCRIPT = """\
@@ -222,7 +233,8 @@ def _write_yaml(path: Path, task: str, vision: dict[str, Any], preset: Preset) -
     write_text(path, stream.getvalue())
 
 
-def _write_bert_folder(folder: Path, text: dict[str, Any], vocabulary: list[str]) -> None:
+def write_bert_settings(folder: Path, text: dict[str, Any], vocabulary: list[str]) -> None:
+    """Write the other files of a BERT folder: vocabulary, tokenizer's settings, sizes."""
     write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in vocabulary))
     write_json(folder / "tokenizer_config.json", {"do_lower_case": True, "tokenizer_class": "BertTokenizer"})
     own = ("fusion_layer", "encoder_width")
@@ -231,7 +243,6 @@ def _write_bert_folder(folder: Path, text: dict[str, Any], vocabulary: list[str]
 
 def _write_weights(out: Path, vision: dict[str, dict[str, Any]], text: dict[str, Any], seed: int) -> None:
     import torch
-    from safetensors.torch import save_file
 
     from mra.model import Retrieval
     from tbps_common.run.checkpoint import save_checkpoint
@@ -247,16 +258,28 @@ def _write_weights(out: Path, vision: dict[str, dict[str, Any]], text: dict[str,
             states[task] = Retrieval(inline, init_backbones=False).state_dict()
             save_checkpoint({"model": dict(states[task]), "config": config}, out / f"data/checkpoint/{names[task]}.pth")
         classifier = torch.randn(16, vision["sda"]["vision_width"]) * 0.02
-    swin = _without_prefix(states["sda"], "vision_encoder.")
-    swin |= {"head.weight": classifier, "head.bias": torch.zeros(len(classifier))}
-    save_checkpoint({"model": swin}, out / vision["sda"]["ckpt"])
-    # As in the published file: no cross-attention, and the tied decoder is left out.
+    write_swin(out / SWIN, _without_prefix(states["sda"], "vision_encoder."), classifier)
+    write_bert_weights(out / BERT, _without_prefix(states["sda"], "text_encoder."))
+
+
+def write_swin(file: Path, state: Mapping[str, Any], classifier: Any) -> None:
+    """Write an image encoder's weights in the layout of the published Swin file, with its classifier `[classes, width]`."""
+    from tbps_common.run.checkpoint import save_checkpoint
+
+    swin = {**state, "head.weight": classifier, "head.bias": classifier.new_zeros(len(classifier))}
+    save_checkpoint({"model": swin}, file)
+
+
+def write_bert_weights(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a text encoder's weights as in the published BERT: no cross-attention, and the tied decoder is left out."""
+    from safetensors.torch import save_file
+
     bert = {
         name: tensor.clone()
-        for name, tensor in _without_prefix(states["sda"], "text_encoder.").items()
+        for name, tensor in state.items()
         if "crossattention" not in name and ".decoder." not in name and not name.endswith("position_ids")
     }
-    with atomic_path(out / "data/bert-base-uncased/model.safetensors") as temporary:
+    with atomic_path(folder / "model.safetensors") as temporary:
         save_file(bert, temporary, metadata={"format": "pt"})
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter
+from tbps_world.toys.mra import CHOSEN
 from tbps_world.toys.steps import StepFailed, call
 
 DESCRIPTION = """\
@@ -30,7 +31,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cmlfa": ("metrics.json", ("--preset", "tiny", "--epochs", "2", "--start", "random")),
     "mra": ("metrics.json", ("--preset", "tiny", "--networks", "tiny", "--sda_epochs", "1", "--cuhk_epochs", "2")),
     "fafa": ("metrics.json", ("--ids", "48", "--epochs", "1", "--start", "random")),
-    "diana": ("evaluation/metrics.json", ("--preset", "tiny", "--pretrain_steps", "2", "--finetune_steps", "2")),
+    "diana": (
+        "evaluation/metrics.json",
+        ("--preset", "tiny", "--start", "random", "--pretrain_steps", "2", "--finetune_steps", "2"),
+    ),
 }
 TITLES = {"clip": "CLIP", "cmlfa": "CMLFA", "mra": "MRA", "fafa": "FAFA", "diana": "DiaNA"}
 # Task -> its queries, its models (the first one is the one that the others are compared with), and more flags.
@@ -95,7 +99,7 @@ def _models(folders: dict[str, Path], clip: str | None) -> dict[str, str]:
     return {
         "clip": f"clip:{clip or start}",
         "cmlfa": f"cmlfa:{runs['cmlfa'][-1].parent}",
-        "mra": f"mra:{folders['mra'] / 'out/ft_cuhk/checkpoint_best.pth'}",
+        "mra": f"mra:{folders['mra'] / CHOSEN}",
         "fafa": f"fafa:{runs['fafa'][-1].parent}",
         "diana": f"diana:{folders['diana'] / 'finetune'}",
     }

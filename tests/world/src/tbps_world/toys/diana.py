@@ -15,11 +15,11 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+from tbps_world.toys.steps import StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
-Draw a world of synthetic pedestrians with captions and dialogues, make tiny random towers, and run the paper's three
-scripts on them: shell/pretrain.sh, shell/finetune.sh and shell/eval.sh, with flags for the size of a laptop appended.
+Draw a world of synthetic pedestrians with captions and dialogues, take the tiny towers of tbps-train-tiny, and run the
+paper's three scripts on them: shell/pretrain.sh, shell/finetune.sh and shell/eval.sh, with flags for the size of a laptop.
 Needs no download and no GPU. At the end: R@1 after every round of the dialogue, and the commands for a chat.
 """
 # Towers that are large enough to learn and small enough for a laptop.
@@ -27,11 +27,11 @@ TINY_FLAGS = (
     *("--vocab_size", "950"),
     *("--image_size", "128", "64"),
     *("--patch_size", "8"),
-    *("--embed_dim", "64"),
+    *("--embed_dim", "48"),
     *("--depths", "2", "2"),
     *("--num_heads", "4", "8"),
     *("--window_size", "8"),
-    # With the released 50, random towers make all features equal before anything is learnt.
+    # With the released 50, towers that do not know each other make all features equal before anything is learnt.
     *("--logit_scale", "10"),
 )
 SIZE_FLAGS = (
@@ -40,7 +40,7 @@ SIZE_FLAGS = (
     *("--dataloader_num_workers", "0"),
     *("--grad_checkpointing", "off"),
 )
-# The released rates are for towers of 1.3 billion parameters that have learnt before.
+# The released rates are for towers of 1.3 billion parameters.
 LEARNING_FLAGS = (
     *("--learning_rate", "1e-3"),
     *("--warmup_steps", "100"),
@@ -50,8 +50,12 @@ LEARNING_FLAGS = (
     *("--deepspeed", ""),
     *("--logging_steps", "25"),
 )
-PRETRAIN_FLAGS = ("--lr_scheduler_type", "constant_with_warmup", "--num_train_epochs", "22")
-FINETUNE_FLAGS = ("--num_train_epochs", "26", "--save_total_limit", "1")
+STAGE_FLAGS = {
+    "pretrain": ("--lr_scheduler_type", "constant_with_warmup"),
+    "finetune": ("--save_total_limit", "1"),
+}
+# From start weights, and from random ones.
+EPOCHS = {"pretrain": (8, 22), "finetune": (12, 26)}
 BATCH_SIZE = 32
 MOST_THREADS = 4
 TURNS = ("1", "2", "3", "4", "5")
@@ -65,9 +69,7 @@ def main(argv: list[str]) -> int:
     flags = _parse(argv)
     out = Path(flags.out).resolve()
     layout = _layout()
-    _remember(
-        out, {"preset": flags.preset, "pretrain_steps": flags.pretrain_steps, "finetune_steps": flags.finetune_steps}
-    )
+    _remember(out, {name: value for name, value in vars(flags).items() if name != "out"})
     started = time.perf_counter()
     try:
         call(
@@ -75,13 +77,21 @@ def main(argv: list[str]) -> int:
             synth_main,
             ["--out", str(out / "world"), "--preset", flags.preset, "--layouts", "chatpedes,mals"],
         )
-        if not (out / "tiny" / "configs" / "config.json").is_file():
-            call("diana-make-tiny", diana_tiny_main, ["--out", str(out / "tiny"), *TINY_FLAGS])
+        towers = start_weights("swin_llama", flags.start)
+        taught = towers is not None
+        if towers is None:
+            towers = out / "tiny"
+            if not (towers / "configs" / "config.json").is_file():
+                call("diana-make-tiny", diana_tiny_main, ["--out", str(towers), *TINY_FLAGS])
         for stage, steps in (("pretrain", flags.pretrain_steps), ("finetune", flags.finetune_steps)):
             if not (out / stage / "model.safetensors").is_file():
-                _script(layout, stage, environment(out, stage), stage_flags(stage, steps))
+                epochs = EPOCHS[stage][0 if taught else 1]
+                _script(layout, stage, environment(out, stage, towers), stage_flags(stage, epochs, steps))
         _script(
-            layout, "eval", environment(out, "eval"), ["--num_workers", "0", "--mode", "all", "--turn_limit", *TURNS]
+            layout,
+            "eval",
+            environment(out, "eval", towers),
+            ["--num_workers", "0", "--mode", "all", "--turn_limit", *TURNS],
         )
     except StepFailed as failure:
         return failure.status
@@ -89,13 +99,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def environment(out: Path, stage: str) -> dict[str, str]:
-    """Variables of the scripts."""
+def environment(out: Path, stage: str, towers: Path) -> dict[str, str]:
+    """Variables of the scripts; `towers` holds what the training starts from."""
     return {
         "DIANA_DATA_ROOT": str(out / "world"),
-        "VISION_PRETRAINED": str(out / "tiny" / "swinv2-tiny"),
-        "LLAMA_PRETRAINED": str(out / "tiny" / "llama-tiny"),
-        "CONFIG_DIR": str(out / "tiny" / "configs"),
+        "VISION_PRETRAINED": str(towers / "swinv2-tiny"),
+        "LLAMA_PRETRAINED": str(towers / "llama-tiny"),
+        "CONFIG_DIR": str(towers / "configs"),
         "PRETRAINED": str(out / ("finetune" if stage == "eval" else "pretrain")),
         "OUTPUT_DIR": str(out / ("evaluation" if stage == "eval" else stage)),
         "GPUS": "1",
@@ -103,12 +113,13 @@ def environment(out: Path, stage: str) -> dict[str, str]:
     }
 
 
-def stage_flags(stage: str, steps: int | None) -> list[str]:
-    """What is appended to a training script."""
+def stage_flags(stage: str, epochs: int, steps: int | None) -> list[str]:
+    """What is appended to a training script; `steps` ends it sooner."""
     return [
         *SIZE_FLAGS,
         *LEARNING_FLAGS,
-        *(PRETRAIN_FLAGS if stage == "pretrain" else FINETUNE_FLAGS),
+        *STAGE_FLAGS[stage],
+        *("--num_train_epochs", str(epochs)),
         *(("--max_steps", str(steps)) if steps else ()),
         # A stopped toy goes on from its last checkpoint.
         *("--overwrite_output_dir", "False"),
@@ -197,6 +208,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", default="toy", metavar="DIR", help="folder for everything that is written")
     add("--preset", choices=("tiny", "small", "medium"), default="small", help="size of the world")
+    add_start(parser)
     add("--pretrain_steps", type=whole_number(1), metavar="N", help="stop pre-training after N steps")
     add("--finetune_steps", type=whole_number(1), metavar="N", help="stop fine-tuning after N steps")
     return parser.parse_args(argv)

@@ -52,7 +52,8 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         "--start",
         metavar="DIR",
         default="build/start",
-        help=f"folder of tbps-train-tiny's start weights, trained there if they are absent; {RANDOM}: random weights",
+        help=f"folder of tbps-train-tiny's start weights, trained there if they are absent; {RANDOM}: random weights "
+        "(default: %(default)s)",
     )
 
 
