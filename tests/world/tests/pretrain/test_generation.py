@@ -18,8 +18,10 @@ def few_people(count: int) -> list[Person]:
 
 def trained(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     module: Any = import_module(f"tbps_world.pretrain.{name}")
-    monkeypatch.setattr(module, "start_people", few_people)
-    monkeypatch.setattr(module, "LEFT_ASIDE", 4)
+    monkeypatch.setattr("tbps_world.pretrain.attributes.start_people", few_people)
+    monkeypatch.setattr(module, "start_people", few_people, raising=False)
+    monkeypatch.setattr(module, "LEFT_ASIDE", 4, raising=False)
+    monkeypatch.setattr(module, "PEOPLE", 6)
     figures = module.train(folder, seed=0, steps=2)
     assert figures and all(value == value for value in figures.values()), figures
     return figures
