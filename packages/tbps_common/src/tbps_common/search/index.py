@@ -211,7 +211,13 @@ def update_gallery(
             )
     with explained(out):
         gallery.table.checkout_latest()
-        gallery.table.optimize(cleanup_older_than=timedelta(hours=1))
+        try:
+            gallery.table.optimize(cleanup_older_than=timedelta(hours=1))
+        except RuntimeError as error:
+            if "concurrent transaction" not in str(error):
+                raise
+            # Another process is still writing, and tidies up when it ends.
+            gallery.table.checkout_latest()
     counts.total = len(gallery)
     return counts
 
