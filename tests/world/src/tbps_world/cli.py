@@ -137,3 +137,11 @@ def compare_toy_main(argv: list[str]) -> int:
     from tbps_world.toys.compare import main
 
     return main(argv)
+
+
+@command
+def claims_toy_main(argv: list[str]) -> int:
+    """`claims-toy`: what a paper claims, tried with several seeds."""
+    from tbps_world.toys.claims import main
+
+    return main(argv)

@@ -16,7 +16,7 @@ from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_world.tiny.dad import MANIFEST_NAME as TINY_MANIFEST
 from tbps_world.toys.mra_steps import run_script
-from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, link_start
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, run all five stages of mra-dad on it with small networks, and pre-train MRA's toy on
@@ -97,12 +97,8 @@ def _find_models(out: Path, args: argparse.Namespace) -> None:
     from tbps_world.cli import dad_tiny_main
 
     if args.start != RANDOM:
-        (out / MODELS).mkdir(exist_ok=True)
         for name in START_NAMES:
-            trained, place = start_weights(name, args.start), out / MODELS / name
-            assert trained is not None
-            place.unlink(missing_ok=True)
-            place.symlink_to(trained.resolve())
+            link_start(name, args.start, out / MODELS / name)
         return
     with working_directory(out):
         if (Path(MODELS) / TINY_MANIFEST).is_file():

@@ -55,7 +55,7 @@ STAGE_FLAGS = {
     "finetune": ("--save_total_limit", "1"),
 }
 # From start weights, and from random ones.
-EPOCHS = {"pretrain": (8, 22), "finetune": (12, 26)}
+EPOCHS = {"pretrain": (5, 22), "finetune": (9, 26)}
 BATCH_SIZE = 32
 MOST_THREADS = 4
 TURNS = ("1", "2", "3", "4", "5")
@@ -85,13 +85,14 @@ def main(argv: list[str]) -> int:
                 call("diana-make-tiny", diana_tiny_main, ["--out", str(towers), *TINY_FLAGS])
         for stage, steps in (("pretrain", flags.pretrain_steps), ("finetune", flags.finetune_steps)):
             if not (out / stage / "model.safetensors").is_file():
-                epochs = EPOCHS[stage][0 if taught else 1]
-                _script(layout, stage, environment(out, stage, towers), stage_flags(stage, epochs, steps))
+                appended = stage_flags(stage, EPOCHS[stage][0 if taught else 1], steps)
+                appended += ["--seed", str(flags.seed), "--enable_refiner", str(not flags.no_refiner)]
+                _script(layout, stage, environment(out, stage, towers), appended)
         _script(
             layout,
             "eval",
             environment(out, "eval", towers),
-            ["--num_workers", "0", "--mode", "all", "--turn_limit", *TURNS],
+            ["--num_workers", "0", "--mode", "global" if flags.no_refiner else "all", "--turn_limit", *TURNS],
         )
     except StepFailed as failure:
         return failure.status
@@ -209,6 +210,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--out", default="toy", metavar="DIR", help="folder for everything that is written")
     add("--preset", choices=("tiny", "small", "medium"), default="small", help="size of the world")
     add_start(parser)
+    add("--no_refiner", action="store_true", help="train without the attribute refiner")
+    add("--seed", type=whole_number(0), default=42, help="of both trainings")
     add("--pretrain_steps", type=whole_number(1), metavar="N", help="stop pre-training after N steps")
     add("--finetune_steps", type=whole_number(1), metavar="N", help="stop fine-tuning after N steps")
     return parser.parse_args(argv)

@@ -17,7 +17,7 @@ from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
 from tbps_world.tiny.dp_gen_command import VAE_UPDATES
-from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, checkout_of, echo, link_start, run_child
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny editor on it with the paper's own train command, edit test images and
@@ -113,14 +113,11 @@ def _find_models(out: Path, args: argparse.Namespace) -> None:
     """Put the models where the paper's command looks for them: start weights, or random ones."""
     from tbps_world.cli import dp_tiny_main
 
-    places = {"diffusion": out / BASE_MODEL, "image_encoder": out / IMAGE_ENCODER}
-    for name, place in places.items():
-        trained = start_weights(name, args.start)
-        if trained is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.unlink(missing_ok=True)
-            place.symlink_to(trained.resolve())
-    if args.start == RANDOM and not all(place.is_dir() for place in places.values()):
+    places = [out / BASE_MODEL, out / IMAGE_ENCODER]
+    if args.start != RANDOM:
+        for name, place in zip(("diffusion", "image_encoder"), places):
+            link_start(name, args.start, place)
+    elif not all(place.is_dir() for place in places):
         arguments = [
             *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
             *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),

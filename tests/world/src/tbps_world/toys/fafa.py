@@ -56,7 +56,7 @@ LEARNING_FLAGS = (
     "--save-last",
     "--no-code-backup",
 )
-EPOCHS = 20
+EPOCHS = 10
 START_FLAGS = (
     *("--learning-rate", "5e-4"),
     # The start weights know pictures that were squashed to a square, not padded.

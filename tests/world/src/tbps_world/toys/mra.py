@@ -13,7 +13,7 @@ from typing import Any
 from mra.config import load_config
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.mra_steps import run_script
+from tbps_world.toys.mra_steps import run_script, set_entry
 from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, echo, start_weights
 
 DESCRIPTION = """\
@@ -24,7 +24,7 @@ re-ranking on the validation persons, and evaluate the result, with the paper's 
 
 LAYOUTS = "cuhk,finetune,sda"
 # With trained start weights; from random ones as many as the configurations of mra-make-tiny say.
-SDA_EPOCHS, CUHK_EPOCHS = 4, 9
+EPOCHS = {"sda": 2, "cuhk": 7}
 # While training; in the end the validation persons decide.
 SCORE_WORLD = "16"
 BEST, CHOSEN = "out/ft_cuhk/checkpoint_best.pth", "out/ft_cuhk/checkpoint_reranking.pth"
@@ -41,16 +41,14 @@ def main(argv: list[str]) -> int:
     try:
         _make_world(out, flags.preset)
         taught = _make_tiny(out, flags.networks, flags.start)
-        epochs = {
-            "sda": flags.sda_epochs or (SDA_EPOCHS if taught else 0),
-            "cuhk": flags.cuhk_epochs or (CUHK_EPOCHS if taught else 0),
-        }
-        _train(out, "sda", epochs["sda"], [])
-        last = load_config(out / "configs/sda.yaml")["schedular"]["epochs"]
-        pretrained = f"out/pre_sda/checkpoint_{(epochs['sda'] or last) - 1}.pth"
-        _train(
-            out, "cuhk", epochs["cuhk"], ["--checkpoint", pretrained, "--select", "val", "--score_world", SCORE_WORLD]
-        )
+        if flags.no_regions:
+            set_entry(out, "sda", "region", 0)
+        sda, cuhk = _epochs(out, taught, flags)
+        pretrained = f"out/pre_sda/checkpoint_{sda - 1}.pth" if sda else _unpretrained(out)
+        if sda:
+            _train(out, "sda", sda, flags.seed, ["--select", "val"])
+        more = ["--checkpoint", pretrained, "--select", "val", "--score_world", SCORE_WORLD]
+        _train(out, "cuhk", cuhk, flags.seed, more)
         _evaluate(out)
     except StepFailed as failure:
         return failure.status
@@ -70,21 +68,45 @@ def _make_tiny(out: Path, networks: str, start: str) -> bool:
 
     lexicon = str(out / "lexicon.txt")
     call("mra-make-tiny", mra_tiny_main, ["--out", str(out), "--lexicon", lexicon, "--preset", networks])
-    weights = start_weights("swin_bert", start if networks == "toy" else RANDOM)
-    if weights is not None:
-        from tbps_world.pretrain.commands import RECORD
+    weights = start_weights("swin_bert", RANDOM if networks == "tiny" else start)
+    if weights is None:
+        return False
+    echo(["cp", "-r", f"{weights}/*", str(out / "data")])
+    shutil.copytree(weights, out / "data", dirs_exist_ok=True)
+    return True
 
-        echo(["cp", "-r", f"{weights}/*", str(out / "data")])
-        shutil.copytree(weights, out / "data", dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORD))
-    return weights is not None
+
+def _epochs(out: Path, taught: bool, flags: argparse.Namespace) -> tuple[int, int]:
+    """Epochs of pre-training and fine-tuning."""
+    own = {task: load_config(out / f"configs/{task}.yaml")["schedular"]["epochs"] for task in EPOCHS}
+    usual = EPOCHS if taught else own
+    given = flags.sda_epochs, flags.cuhk_epochs
+    return (
+        usual["sda"] if given[0] is None else given[0],
+        usual["cuhk"] if given[1] is None else given[1],
+    )
 
 
-def _train(out: Path, task: str, epochs: int, more: list[str]) -> None:
+def _unpretrained(out: Path) -> str:
+    """A checkpoint of the start weights as they are; returns its name."""
+    from mra.model import Retrieval
+    from tbps_common.datasets import read_json
+    from tbps_common.run.checkpoint import save_checkpoint
+
+    config = load_config(out / "configs/sda.yaml")
+    vision = read_json(out / config["vision_config"])
+    vision["ckpt"] = str(out / vision["ckpt"])
+    places = {"text_config": str(out / config["text_config"]), "text_encoder": str(out / config["text_encoder"])}
+    model = Retrieval({**config, **places, "vision_config": vision})
+    save_checkpoint({"model": dict(model.state_dict()), "config": config}, out / "data/checkpoint/start.pth")
+    return "data/checkpoint/start.pth"
+
+
+def _train(out: Path, task: str, epochs: int, seed: int, more: list[str]) -> None:
     """Train, or go on with what an earlier call has begun."""
     folder = f"out/{'pre' if task == 'sda' else 'ft'}_{task}"
     arguments = ["--task", task, "--dist", "f4", "--output_dir", folder, *more, "--num_workers", "1"]
-    if epochs:
-        arguments += ["--epo", str(epochs)]
+    arguments += ["--epo", str(epochs), "--seed", str(seed)]
     if (out / folder / "last.pth").is_file():
         arguments.append("--resume")
     run_script(out, arguments)
@@ -151,6 +173,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="sizes that mra-make-tiny writes; tiny starts from random weights and learns nothing",
     )
     add_start(parser)
-    parser.add_argument("--sda_epochs", type=whole_number(1), metavar="N", help="epochs of the pre-training")
+    parser.add_argument("--sda_epochs", type=whole_number(0), metavar="N", help="epochs of the pre-training; 0: none")
+    parser.add_argument("--no_regions", action="store_true", help="pre-train without the region loss")
+    parser.add_argument("--seed", type=whole_number(0), default=42, help="of both trainings")
     parser.add_argument("--cuhk_epochs", type=whole_number(1), metavar="N", help="epochs of the fine-tuning")
     return parser.parse_args(argv)

@@ -13,10 +13,10 @@ from mra.retrieval.encode import encode_images, encode_texts
 from mra.retrieval.metrics import retrieval_metrics
 from mra.retrieval.rerank import SIMILARITY_WEIGHT, Matcher, match_logits
 from mra.text.tokens import build_tokenizer, tokenize
-from tbps_common.files import write_text
 from tbps_common.images import read_image
 from tbps_common.ranking import best_of_rows, rerank
 from tbps_common.run.checkpoint import load_checkpoint_file, save_checkpoint
+from tbps_world.toys.mra_steps import set_entry
 
 DEPTHS = (8, 16, 32, 64)
 WEIGHTS = (1, 2, 4, 8, 16, 32, 64)
@@ -58,9 +58,7 @@ def choose_reranking(folder: Path, checkpoint: Path, chosen: Path) -> Choice:
     model = Retrieval(config, init_backbones=False)
     model.load_pretrained(stored, config, is_eval=True)
     choice = _best(model.eval(), config)
-    text = (folder / "configs/cuhk.yaml").read_text(encoding="utf-8").splitlines()
-    lines = [f"k_test: {choice.k_test}" if line.startswith("k_test:") else line for line in text]
-    write_text(folder / "configs/cuhk.yaml", "".join(f"{line}\n" for line in lines))
+    set_entry(folder, "cuhk", "k_test", choice.k_test)
     settings = {"k_test": choice.k_test, "score_world": choice.score_world}
     save_checkpoint({**stored, "config": {**stored["config"], **settings}}, chosen)
     return choice

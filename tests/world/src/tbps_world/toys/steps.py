@@ -75,6 +75,16 @@ def start_weights(name: str, start: str) -> Path | None:
     return Path(start).resolve() / name
 
 
+def link_start(name: str, start: str, place: Path) -> None:
+    """Let `place`, where a paper's command looks for a model, be a link to a start weight; as `start_weights`."""
+    folder = start_weights(name, start)
+    if folder is None:
+        raise ValueError(f"there is no folder of random weights to link {place} to")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(folder)
+
+
 def run_child(
     command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, group: bool = False
 ) -> None:
