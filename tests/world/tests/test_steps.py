@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tbps_common.errors import InputError
 from tbps_world.pretrain import commands
-from tbps_world.toys.steps import StepFailed, call, echo, run_child, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, call, echo, link_start, run_child, start_weights
 
 
 def test_a_step_is_shown_and_its_status_passed_on(capsys):
@@ -36,7 +37,7 @@ def test_start_weights_are_trained_once_or_random(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     for said in ("written to", "is there"):
         folder = start_weights("nothing", "build/start")
-        assert folder == tmp_path / "build/start/nothing" and (folder / "weights").is_file()
+        assert folder is not None and folder == tmp_path / "build/start/nothing" and (folder / "weights").is_file()
         shown = capsys.readouterr().out
         assert "$ tbps-train-tiny nothing --out build/start" in shown and said in shown
     assert start_weights("nothing", "random") is None
@@ -50,6 +51,21 @@ def test_a_child_that_fails(code, status):
         run_child([sys.executable, "-c", code])
     assert failure.value.status == status
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_weights_of_two_starts_do_not_mix(tmp_path):
+    kept, place = tmp_path / "kept", tmp_path / "models" / "clip"
+    kept.mkdir()
+    assert not link_start("clip", RANDOM, place)
+    place.parent.mkdir()
+    place.symlink_to(kept)
+    with pytest.raises(InputError, match="choose another --out"):
+        link_start("clip", RANDOM, place)
+    place.unlink()
+    place.mkdir()
+    assert not link_start("clip", RANDOM, place)
+    with pytest.raises(InputError, match="choose another --out"):
+        link_start("clip", str(tmp_path), place)
 
 
 def test_a_child_that_succeeds(tmp_path):

@@ -96,9 +96,7 @@ def _find_models(out: Path, args: argparse.Namespace) -> None:
     """Put the four networks into `models`: start weights, or small ones made for this world."""
     from tbps_world.cli import dad_tiny_main
 
-    if args.start != RANDOM:
-        for name in START_NAMES:
-            link_start(name, args.start, out / MODELS / name)
+    if all([link_start(name, args.start, out / MODELS / name) for name in START_NAMES]):
         return
     with working_directory(out):
         if (Path(MODELS) / TINY_MANIFEST).is_file():

@@ -113,11 +113,9 @@ def _find_models(out: Path, args: argparse.Namespace) -> None:
     """Put the models where the paper's command looks for them: start weights, or random ones."""
     from tbps_world.cli import dp_tiny_main
 
-    places = [out / BASE_MODEL, out / IMAGE_ENCODER]
-    if args.start != RANDOM:
-        for name, place in zip(("diffusion", "image_encoder"), places):
-            link_start(name, args.start, place)
-    elif not all(place.is_dir() for place in places):
+    places = {"diffusion": out / BASE_MODEL, "image_encoder": out / IMAGE_ENCODER}
+    linked = [link_start(name, args.start, place) for name, place in places.items()]
+    if not all(linked) and not all(place.is_dir() for place in places.values()):
         arguments = [
             *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
             *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),

@@ -75,14 +75,24 @@ def start_weights(name: str, start: str) -> Path | None:
     return Path(start).resolve() / name
 
 
-def link_start(name: str, start: str, place: Path) -> None:
-    """Let `place`, where a paper's command looks for a model, be a link to a start weight; as `start_weights`."""
+def link_start(name: str, start: str, place: Path) -> bool:
+    """Let `place`, where a paper's command looks for a model, be a link to a start weight; as `start_weights`.
+
+    Returns:
+        Whether it is one; with random weights it is not, and the caller makes them.
+
+    Raises:
+        InputError: an earlier run has begun with other weights there.
+    """
+    if (place.exists() or place.is_symlink()) and place.is_symlink() == (start == RANDOM):
+        raise InputError(f"{place} is of a run with another --start: choose another --out")
     folder = start_weights(name, start)
     if folder is None:
-        raise ValueError(f"there is no folder of random weights to link {place} to")
+        return False
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     place.symlink_to(folder)
+    return True
 
 
 def run_child(
