@@ -1,15 +1,18 @@
 """tbps-page in a real browser, with small models of random weights, and as a hostile visitor meets it."""
 
+import base64
 import csv
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -96,12 +99,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     for model in models:
         flags = ["--model", model, "--images", str(pictures), "--out", str(out), "--device", "cpu"]
         assert index_main([*flags, "--metadata", str(folder / "cameras.csv")]) == 0
+    with serve(folder, out, models, pictures) as running:
+        yield running
+
+
+@contextmanager
+def serve(folder: Path, gallery: Path, models: list[str], pictures: Path) -> Iterator[Site]:
+    """`tbps-page` in a process of its own, which leaves nothing behind."""
     working, temporary = folder / "working", folder / "temporary"
     working.mkdir()
     temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from tbps_common.cli import page_main; sys.exit(page_main())"]
-        + ["--gallery", str(out), "--port", "0", "--max_upload", "1", "--device", "cpu"]
+        + ["--gallery", str(gallery), "--port", "0", "--max_upload", "1", "--device", "cpu"]
         + [word for model in models for word in ("--model", model)],
         cwd=working,
         # Settings that would open the page, and a proxy that answers nothing.
@@ -122,11 +132,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     for line in process.stdout:
         said += line
         if found := re.match(r"page: http://127\.0\.0\.1:(\d+)/", line):
-            running = Site(int(found[1]), folder, process, pictures)
             break
     else:
         pytest.fail(said)
-    yield running
+    yield Site(int(found[1]), folder, process, pictures)
     process.send_signal(signal.SIGTERM)
     with process.stdout as rest:
         assert process.wait(60) == 0, rest.read()
@@ -294,6 +303,58 @@ def test_a_conversation_goes_on_and_two_visitors_have_each_their_own(visitor: Ca
     assert other.locator(".tells").count() == 1
 
 
+def test_persons_of_a_film_are_shown_in_their_frames_until_they_are_deleted(
+    site: Site, browser: Any, detector: Path, tmp_path: Path
+) -> None:
+    av = pytest.importorskip("av")
+    from tbps_common.cli import index_main
+
+    film, gallery, model = tmp_path / "film.mkv", tmp_path / "film.lance", f"clip:{site.folder / 'tiny.pt'}"
+    walkers = [Image.open(path) for path in sorted(site.pictures.rglob("*.png"))[:2]]
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("ffv1", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "bgr0"
+        for number in range(4):
+            frame = Image.new("RGB", (320, 180), (150, 160, 165))
+            for place, walker in enumerate(walkers):
+                frame.paste(walker, (40 + 60 * number + 90 * place, 60))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    (tmp_path / "films.txt").write_text(str(film), encoding="utf-8")
+    flags = ["--images", str(tmp_path / "films.txt"), "--out", str(gallery), "--model", model, "--device", "cpu"]
+    flags += ["--detect", str(detector), "--detect_score", "0", "--detect_min", "8", "--fps", "1"]
+    assert index_main(flags) == 0
+    with serve(tmp_path, gallery, [model], tmp_path) as running:
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(WAIT)
+        tab.goto(running.address)
+        tab.locator(".masthead", has_text=re.compile(r"\d+ persons in film.lance")).wait_for()
+        ask(tab, "a man with a red jacket")
+        tab.locator(".hit").first.click()
+        tab.wait_for_selector(".detail img")
+        facts = dict(zip(tab.locator(".detail dt").all_inner_texts(), tab.locator(".detail dd").all_inner_texts()))
+        assert facts["frame"] in ("0", "2") and facts["file"].startswith("film.mkv//")
+        left, top, right, bottom = map(int, facts["box"].split(", "))
+        uri = tab.locator(".detail img").get_attribute("src")
+        shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        scale = shown.width / 320
+        assert shown.height == round(180 * scale)  # the whole frame, with the person's box
+        across, down = round(scale * (left + right) / 2), round(scale * top)
+        edge = [shown.getpixel((across, row)) for row in range(max(0, down - 4), down + 5)]
+        assert max(red - blue for red, _, blue in edge) > 90  # orange
+        if "TBPS_SCREENSHOT" in os.environ:  # to be looked at
+            tab.screenshot(path=os.environ["TBPS_SCREENSHOT"], full_page=True)
+        assert index_main(["--delete", "--out", str(gallery), "--where", "frame >= 0"]) == 0
+        ask(tab, "a man with a red jacket")
+        tab.locator(
+            ".message", has_text="Nothing is indexed: fill the gallery with tbps-index --model clip:"
+        ).wait_for()
+        shutil.rmtree(gallery)
+        ask(tab, "a man with a red jacket")
+        tab.locator(".message", has_text="does not exist; build it with tbps-index").wait_for()
+        tab.close()
+
+
 def test_names_of_files_are_shown_as_text(visitor: Callable[[], Any]) -> None:
     tab = visitor()
     tab.get_by_role("tab", name="Chat").click()
@@ -403,21 +464,27 @@ def test_a_picture_replaced_by_a_link_is_not_shown(site: Site, visitor: Callable
 def test_what_is_missing_is_named_before_the_page_starts(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tbps_common.cli import page_main
+    from tbps_common.cli import index_main, page_main
 
     gallery = str(site.folder / "people.lance")
     clip = f"clip:{site.folder / 'tiny.pt'}"
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("tempfile.tempdir", None)
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "as before")  # and so it will be again
     taken = ["--gallery", gallery, "--model", clip, "--port", str(site.port)]
+    other = tmp_path / "other.lance"
+    assert index_main(["--model", clip, "--images", str(site.pictures), "--out", str(other), "--device", "cpu"]) == 0
+    fafa = f"fafa:{site.folder / 'run'}"
     for flags, words in (
         (["--gallery", str(tmp_path / "none.lance"), "--model", clip], "does not exist; build it with tbps-index"),
+        (["--gallery", gallery, "--model", "clip:nowhere.pt"], "open_clip has no model 'nowhere.pt'"),
+        (["--gallery", str(other), "--model", fafa, "--port", "0"], f"index with tbps-index --model {fafa}"),
         (taken, "choose another, or --port 0"),
     ):
+        monkeypatch.setattr("tempfile.tempdir", None)  # the page before has left it where it was
         assert page_main([*flags]) == 2
         assert words in capsys.readouterr().err
+    monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "tbps_common.search.page_blocks", raising=False)
     assert page_main(["--gallery", gallery, "--model", clip, "--port", "0"]) == 2

@@ -429,6 +429,38 @@ class TestDeletion:
         assert len(rows_of(out)) == 10
 
 
+class TestPlaces:
+    def test_after_the_folder_has_moved(self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out, encoded, moved = tmp_path / "g.lance", [], tmp_path / "elsewhere" / "pictures"
+        for mark in "ab":
+            index(out, folder, colour_model(mark * 64))
+        moved.parent.mkdir()
+        folder.rename(moved)
+        assert cli("--out", out, "--root", tmp_path) == 2
+        assert f"none of the pictures of {out} lies there" in capsys.readouterr().err
+        assert cli("--out", out, "--root", moved) == 0
+        assert capsys.readouterr().out == "added 0, updated 0, removed 0, skipped 0, total 10\n"
+        for mark in "ab":
+            model = colour_model(mark * 64, encoded)
+            hits = search(open_gallery(out, model), model, [Query("red")], topk=1)[0]
+            assert hits[0].path == str(moved / "a" / "0.png") and picture_of(hits[0]).size == (4, 8)
+            assert index(out, moved, model) == Counts(total=10)
+        assert encoded == []
+        assert cli("--delete", "--out", out, "--path", moved / "a") == 0  # the tables are written anew
+        assert open_gallery(out, colour_model()).root == str(moved)
+
+    def test_a_gallery_may_have_an_address(
+        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        address = f"file://{tmp_path}/g.lance"
+        assert update_gallery(address, colour_model(), list_pictures(str(folder))).added == 10
+        assert names(open_gallery(address, colour_model()), "red", topk=1) == ["0.png"]
+        for place, words in {"memory://x": "would be forgotten", "hdfs://x/g.lance": "check the address"}.items():
+            assert cli("--model", "clip:x", "--images", folder, "--out", place) == 2
+            said = capsys.readouterr().err
+            assert words in said and len(said.splitlines()) == 1, said
+
+
 class TestFaults:
     def test_what_is_no_gallery(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         save_file({"features": torch.zeros(1, 2)}, tmp_path / "old.safetensors", {"format": "tbps-gallery/1"})
@@ -546,22 +578,6 @@ print(index({str(out)!r}, {str(folder)!r}, replace(model, encode_images=encode))
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="session")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A YOLOS of random weights, which finds persons where chance wants them."""
-    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
-
-    folder = tmp_path_factory.mktemp("yolos")
-    torch.manual_seed(0)
-    config = YolosConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
-        num_detection_tokens=5, id2label={0: "person", 1: "dog"}, label2id={"person": 0, "dog": 1},
-    )  # fmt: skip
-    YolosForObjectDetection(config).save_pretrained(folder)
-    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
 class TestDetection:
     @pytest.fixture
     def frames(self, tmp_path: Path) -> Path:
@@ -612,6 +628,28 @@ class TestDetection:
         assert update_gallery(str(tmp_path / "h.lance"), colour_model(), pictures, detector=strict) == Counts(skipped=3)
         with pytest.raises(GalleryError, match="was made with --detect"):
             update_gallery(str(out), colour_model(), pictures)
+
+    def test_a_detector_of_torchvision_finds_the_persons_among_its_classes(self, tmp_path: Path) -> None:
+        """Random weights, in which the class of persons has been made likely; a file as torchvision's own are."""
+        models = pytest.importorskip("torchvision").models
+        name, weights = "ssdlite320_mobilenet_v3_large", tmp_path / "weights.pth"
+        torch.manual_seed(0)
+        model = models.get_model(name, weights=None, weights_backbone=None)
+        for layer in model.head.classification_head.module_list:
+            with torch.no_grad():
+                layer[-1].bias.view(-1, 91)[:, 1] += 5
+                layer[-1].bias.view(-1, 91)[:, 2] += 6  # a bicycle, of which nothing is wanted
+        torch.save(model.state_dict(), weights)
+        picture = paint(tmp_path / "in" / "frame.png", (90, 90, 90))
+        Image.new("RGB", (120, 80), (90, 90, 90)).save(picture)
+        found = open_detector(f"{name}:{weights}", device="cpu", score=0.1, margin=0.0, smallest=1)
+        with torch.no_grad():
+            (everything,) = model.eval()([torch.full((3, 80, 120), 90 / 255)])
+        right = everything["boxes"][(everything["labels"] == 1) & (everything["scores"] >= 0.1)]
+        assert 0 < len(right) < len(everything["boxes"])
+        assert [person.box for person in found.persons(str(picture))] == [
+            tuple(round(side) for side in box) for box in right.tolist()
+        ]
 
     def test_a_detector_that_cannot_be_used(self, tmp_path: Path) -> None:
         for name, words in {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tbps_world.pretrain import commands
-from tbps_world.toys.steps import START, StepFailed, call, echo, run_child, start_weights
+from tbps_world.toys.steps import StepFailed, call, echo, run_child, start_weights
 
 
 def test_a_step_is_shown_and_its_status_passed_on(capsys):
@@ -31,14 +31,16 @@ def train_nothing(folder, *, seed, steps):
     return {}
 
 
-def test_start_weights_are_trained_once(tmp_path, monkeypatch, capsys):
+def test_start_weights_are_trained_once_or_random(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(commands.MODELS, "nothing", f"{__name__}:train_nothing")
     monkeypatch.chdir(tmp_path)
     for said in ("written to", "is there"):
-        assert start_weights(["nothing"], START) == [tmp_path / "build/start/nothing"]
-        assert (tmp_path / "build/start/nothing/weights").is_file()
+        folder = start_weights("nothing", "build/start")
+        assert folder == tmp_path / "build/start/nothing" and (folder / "weights").is_file()
         shown = capsys.readouterr().out
         assert "$ tbps-train-tiny nothing --out build/start" in shown and said in shown
+    assert start_weights("nothing", "random") is None
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(2)", 2), ("import os; os.kill(os.getpid(), 9)", 137)])

@@ -19,7 +19,7 @@ from cmlfa.model.tokenizer import MASK_ID, shared_tokenizer, tokenize
 from cmlfa.options import default_options
 from tbps_common.errors import InputError
 from tbps_common.models.contents import Contents
-from tbps_common.models.hub import Encoder, HubParts, evaluation_of
+from tbps_common.models.hub import Checkpoint, Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _PREFIX = "base_model."
@@ -54,23 +54,15 @@ def describe_clip(contents: Contents) -> Description:
     return Description(_clip_sizes(geometry, settings), clip.state_dict(), state, lambda name: name in _NOT_WEIGHTS)
 
 
-def to_hub(
-    state: Mapping[str, Tensor], beside: Mapping[str, Any], source: Path, config: str | None, tokenizer: str | None
-) -> HubParts:
-    """A checkpoint in the layout of the hub.
-
-    Args:
-        state: its weights.
-        beside: what else it holds.
-        source: its place.
-        config: `configs.yaml` of its training; by default the one beside the file, else the released flags.
-        tokenizer: not used: CMLFA's is part of the program.
+def to_hub(checkpoint: Checkpoint) -> HubParts:
+    """A checkpoint in the layout of the hub, with the flags of its `configs.yaml`, or else the released ones.
 
     Raises:
         InputError: the flags belong to a model of another size.
     """
+    source, state = checkpoint.path, checkpoint.state
     beside_it = source.parent / CONFIG_NAME
-    path = config or (str(beside_it) if beside_it.is_file() else None)
+    path = checkpoint.config or (str(beside_it) if beside_it.is_file() else None)
     flags = default_options() if path is None else load_train_configs(path)
     settings = ModelSettings.of(flags)
     geometry = clip_geometry(state, str(source), prefix=_PREFIX)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench_export import main as bench_main
+from bench_cmlfa_export import main as bench_main
 from cmlfa import CMLFA, SimpleTokenizer, tokenize
 from cmlfa.cli import test_main as run_test
 from cmlfa.cli import train_main
@@ -182,7 +182,6 @@ def test_pushing_uploads_the_whole_folder(hub: Path, monkeypatch: pytest.MonkeyP
     assert sent == {"owner/name": sorted(path.name for path in hub.iterdir())}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_exported_encoders_give_the_features_of_torch(
     hub: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     assert [evaluation["settings"]["test_batch_size"] for evaluation in evaluations] == [512, 64]
     for evaluation in evaluations:
         assert f"{evaluation['metrics']['t2i']['R1']:.2f}" in shown
+        assert f"started from: {evaluation['start_R1']:.2f}" in shown
     for name in ("cmc.png", "ranked_list.png"):
         with Image.open(tmp_path / "toy" / name) as picture:
             assert min(picture.size) > 200

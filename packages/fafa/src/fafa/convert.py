@@ -20,7 +20,7 @@ from fafa.run_directory import HYPERPARAMETERS, Hyperparameters, read_hyperparam
 from fafa.transforms import MEAN, STD
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.models.contents import Contents
-from tbps_common.models.hub import Encoder, HubParts, evaluation_of
+from tbps_common.models.hub import Checkpoint, Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _VIT = "visual_encoder."
@@ -76,26 +76,18 @@ def describe_vit(contents: Contents) -> Description:
     return Description({"image tower": _vit_sizes(whole)}, expected, given, optional)
 
 
-def to_hub(
-    state: Mapping[str, Tensor], beside: Mapping[str, Any], source: Path, config: str | None, tokenizer: str | None
-) -> HubParts:
-    """A checkpoint in the layout of the hub.
-
-    Args:
-        state: its weights.
-        beside: what else it holds.
-        source: its place; in a run's folder, the files of the run are used.
-        config: YAML file of the model, or a built-in backbone; by default what the run's folder says.
-        tokenizer: folder with `vocab.txt`; by default the one that the model's file names.
+def to_hub(checkpoint: Checkpoint) -> HubParts:
+    """A checkpoint in the layout of the hub; the model is a YAML file or a built-in backbone, or what the run's folder says.
 
     Raises:
         InputError: model file or vocabulary are missing, or belong to another model.
     """
+    source, state, tokenizer = checkpoint.path, checkpoint.state, checkpoint.tokenizer
     run = source.parent.parent
     recorded = run / HYPERPARAMETERS
     values = read_hyperparameters(recorded) if recorded.is_file() else Hyperparameters()
     own = run / MODEL_CONFIG
-    backbone = config or (str(own) if own.is_file() else values.backbone if recorded.is_file() else None)
+    backbone = checkpoint.config or (str(own) if own.is_file() else values.backbone if recorded.is_file() else None)
     if backbone is None:
         raise InputError(f"{source} is not in a run's folder: name its model with --config (pretrain, or a YAML file)")
     settings = read_settings(backbone, num_query_token=state["query_tokens"].shape[1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench_fafa_export import main as bench_main
 from fafa.checkpoint import official_state_dict
 from fafa.cli import infer_main, train_main
 from fafa.model import Blip2FAFACPR
@@ -128,12 +129,12 @@ def test_a_bare_file_needs_its_model_and_vocabulary(
     assert model_main([*command, "--config", str(yaml), "--tokenizer", str(toy)]) == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_exported_encoders_give_the_features_of_torch(
-    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
-    assert model_main(["export", str(hub), "--onnx", "--out", str(tmp_path / "onnx"), "--batch_size", "3"]) == 0
+    out = str(tmp_path / "onnx")
+    assert model_main(["export", str(hub), "--onnx", "--int8", "--out", out, "--batch_size", "3"]) == 0
     shown = capsys.readouterr().out
     assert "image.onnx" in shown and "query.onnx" in shown
     model, run = Blip2FAFACPR.from_pretrained(hub), open_encoder(tmp_path / "onnx" / "query.onnx")
@@ -146,3 +147,8 @@ def test_exported_encoders_give_the_features_of_torch(
         expected is not None and (expected - expected.roll(1, 0)).abs().max() > 5e-4
     )  # nearly untrained, but not constant
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert bench_main(["--checkpoint", str(hub), "--onnx", out, "--itcpr-root", str(toy / "itcpr")]) == 0
+    rows = [
+        line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if "onnx" in line or "torch |" in line
+    ]
+    assert len(rows) == 3 and rows[0] == rows[1]

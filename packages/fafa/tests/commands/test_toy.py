@@ -13,7 +13,7 @@ from fafa.options import check_training_flags, get_args
 from tbps_common.datasets import ITCPR, load_syncpr
 from tbps_world.cli import fafa_toy_main
 from tbps_world.tiny.fafa import main as make_toy
-from tbps_world.toys.fafa import chance_of_first, train_arguments
+from tbps_world.toys.fafa import RANDOM_MODEL, chance_of_first, train_arguments
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -28,13 +28,14 @@ def readme_flags(script: str) -> list[str]:
     return shlex.split(block[1].replace("\\\n", " "))
 
 
-def test_toy_runs_the_readme_command_with_flags_appended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["start/blip2", RANDOM_MODEL])
+def test_toy_runs_the_readme_command_with_flags_appended(model: str, tmp_path: Path) -> None:
     places = {
         "/your/custom/syncpr/root": str(tmp_path / "world" / "SynCPR"),
         "/your/custom/itcpr/root": str(tmp_path / "world" / "ITCPR"),
     }
     readme = [places.get(word, word) for word in readme_flags("src/blip_fine_tune_new.py")]
-    arguments = train_arguments(tmp_path)
+    arguments = train_arguments(tmp_path, tmp_path / model / "tiny.yaml")
     assert arguments[: len(readme)] == readme
     assert check_training_flags(get_args(arguments)) == []
 
@@ -81,7 +82,7 @@ def test_a_model_for_pedestrians_knows_their_words(tmp_path: Path) -> None:
 def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--out", str(tmp_path / "toy"), "--ids", "48", "--epochs", "1"]
+    flags = ["--out", str(tmp_path / "toy"), "--ids", "48", "--epochs", "1", "--start", "random"]
     assert fafa_toy_main(flags) == 0
     shown = capfd.readouterr().out
     commands = [line.split()[1:3] for line in shown.splitlines() if line.startswith("$ ")]
@@ -91,6 +92,7 @@ def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
     evaluation = json.loads((tmp_path / "toy" / "metrics.json").read_text(encoding="utf-8"))
     assert f"R1 {evaluation['metrics']['com']['R1']:.2f}" in shown
     assert f"R@1 by chance: {evaluation['chance_R1']:.2f}" in shown
+    assert f"picture alone {evaluation['start_R1']['picture']:.2f}" in shown
     for name in ("cmc.png", "ranked_list.png"):
         with Image.open(tmp_path / "toy" / name) as picture:
             assert min(picture.size) > 200

@@ -20,7 +20,7 @@ from mra.model.swin import VisionEncoder
 from mra.model.weights import CONSTANTS, is_new_in_bert, start_names_of_bert
 from tbps_common.errors import InputError
 from tbps_common.models.contents import Contents
-from tbps_common.models.hub import Encoder, HubParts, evaluation_of
+from tbps_common.models.hub import Checkpoint, Encoder, HubParts, evaluation_of
 from tbps_common.models.layouts import Description, layer_numbers
 
 _TABLE = "relative_position_bias_table"
@@ -68,22 +68,14 @@ def describe_bert(contents: Contents) -> Description:
     return Description(sizes, encoder.state_dict(), found, is_new_in_bert)
 
 
-def to_hub(
-    state: Mapping[str, Tensor], beside: Mapping[str, Any], source: Path, config: str | None, tokenizer: str | None
-) -> HubParts:
-    """A checkpoint in the layout of the hub.
-
-    Args:
-        state: its weights.
-        beside: what else it holds.
-        source: its place.
-        config: YAML file of its training; by default the configuration in the checkpoint.
-        tokenizer: folder with `vocab.txt`; by default the `text_encoder` of the configuration.
+def to_hub(checkpoint: Checkpoint) -> HubParts:
+    """A checkpoint in the layout of the hub, with the configuration that it holds, or of a YAML file.
 
     Raises:
         InputError: there is no configuration or no vocabulary, or they belong to another model.
     """
-    settings = load_config(config) if config else beside.get("config")
+    source, state, config = checkpoint.path, checkpoint.state, checkpoint.config
+    settings = load_config(config) if config else checkpoint.beside.get("config")
     if not isinstance(settings, Mapping):
         raise InputError(
             f"{source} holds no configuration: name the one of its training with --config configs/cuhk.yaml"
@@ -94,7 +86,7 @@ def to_hub(
             f"the configuration {config or 'in ' + str(source)} belongs to a network of another size: name the right one with "
             "--config"
         )
-    parts = parts_of(state, settings, tokenizer or str(settings.get("text_encoder", "")))
+    parts = parts_of(state, settings, checkpoint.tokenizer or str(settings.get("text_encoder", "")))
     return replace(parts, evaluation=evaluation_of(source, source.parent))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench_mra_export import main as bench_main
 from mra import Retrieval
 from mra.cli import index_main, retrieval_main, search_main
 from mra.retrieval import encode_images, encode_texts
@@ -106,10 +107,12 @@ def test_a_bare_file_needs_its_configuration(
     assert model_main([*command, "--config", "configs/cuhk.yaml"]) == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_exported_encoders_give_the_features_of_torch(hub: Path, tmp_path: Path) -> None:
+def test_exported_encoders_give_the_features_of_torch(
+    hub: Path, in_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command itself fails below a cosine of 0.9999; other batches than the exported one are among those compared."""
-    assert model_main(["export", str(hub), "--onnx", "--out", str(tmp_path / "onnx"), "--batch_size", "3"]) == 0
+    out = str(tmp_path / "onnx")
+    assert model_main(["export", str(hub), "--onnx", "--int8", "--out", out, "--batch_size", "3"]) == 0
     model = Retrieval.from_pretrained(hub)
     images = torch.rand(5, 3, 96, 96)
     ids, mask = tokenize(
@@ -122,3 +125,10 @@ def test_exported_encoders_give_the_features_of_torch(hub: Path, tmp_path: Path)
         found = open_encoder(tmp_path / "onnx" / f"{name}.onnx")(*inputs)
         assert (expected - expected.roll(1, 0)).abs().max() > 1e-3
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    capsys.readouterr()
+    data = ["--ann_file", "data/finetune/cuhk_test.json", "--image_root", "images/CUHK-PEDES/imgs"]
+    assert bench_main(["--checkpoint", str(hub), "--onnx", out, *data]) == 0
+    rows = [
+        line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if "onnx" in line or "torch |" in line
+    ]
+    assert len(rows) == 3 and rows[0] == rows[1]

@@ -12,7 +12,7 @@ from tbps_world.cli import dad_toy_main
 @pytest.mark.slow
 def test_toy_runs_to_its_end_and_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "toy"
-    amount = ("--ids", "12", "--steps", "2", "--captions", "6", "--variants", "3", "--epochs", "1")
+    amount = ("--ids", "12", "--steps", "2", "--captions", "6", "--variants", "3", "--epochs", "1", "--start", "random")
     assert dad_toy_main(["--out", str(out), *amount]) == 0
     shown = capfd.readouterr().out
     stages = ("finetune", "generate", "filter", "caption", "regions")

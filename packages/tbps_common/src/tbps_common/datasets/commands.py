@@ -10,7 +10,7 @@ import logging
 import os
 
 from tbps_common.errors import DatasetError
-from tbps_common.run.arguments import whole_number
+from tbps_common.run.arguments import parser_of_commands, whole_number
 from tbps_common.run.command import EXIT_FAILURE
 
 RAW_NAMES = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
@@ -19,19 +19,20 @@ ALL_NAMES = (*RAW_NAMES, "finetune", "SDA", "SynCPR", "ITCPR", "ChatPedes", "MAL
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of `tbps-data`."""
-    parser = argparse.ArgumentParser(
-        prog="tbps-data",
-        description="Check a data set before a long run, or convert raw annotations.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{check,convert}")
-
-    check = commands.add_parser(
-        "check",
-        help="compare sizes with the published ones; find missing and corrupt images, shared ids, long captions",
-        description="Exit status: 0 if the data are usable, 1 if they are not, 2 if the annotations cannot be read. "
-        "A size that differs from the published one does not make the data unusable.",
-        allow_abbrev=False,
+    parser, (check, convert) = parser_of_commands(
+        "tbps-data",
+        "Check a data set before a long run, or convert raw annotations.",
+        {
+            "check": (
+                "compare sizes with the published ones; find missing and corrupt images, shared ids, long captions",
+                "Exit status: 0 if the data are usable, 1 if they are not, 2 if the annotations cannot be read. "
+                "A size that differs from the published one does not make the data unusable.",
+            ),
+            "convert": (
+                "make the processed fine-tuning files from a raw annotation tree",
+                "Writes {cuhk,icfg,rstp}_{train,val,test}.json in the form that the MRA package reads.",
+            ),
+        },
     )
     check.add_argument("--dataset", required=True, choices=ALL_NAMES)
     check.add_argument("--root_dir", required=True, metavar="DIR", help="folder that holds the data set's folder")
@@ -49,12 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", metavar="FILE", help="also write the report to FILE")
 
-    convert = commands.add_parser(
-        "convert",
-        help="make the processed fine-tuning files from a raw annotation tree",
-        description="Writes {cuhk,icfg,rstp}_{train,val,test}.json in the form that the MRA package reads.",
-        allow_abbrev=False,
-    )
     convert.add_argument("--dataset", required=True, choices=RAW_NAMES)
     convert.add_argument("--root_dir", required=True, metavar="DIR", help="folder that holds the data set's folder")
     convert.add_argument("--to", required=True, choices=("finetune",))

@@ -11,7 +11,8 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -31,7 +32,6 @@ _PART = 1 << 23  # bytes of a file that are parsed at a time
 _INT64 = range(-(2**63), 2**63)
 _ABSENT = object()
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ODD_ENDS = re.compile("\n[^A-Za-z0-9]|/\n")  # of names on a line each
 _DRIVE = re.compile("[A-Za-z]:")
 # A key ends in `":`. In a string, a quotation mark comes after a back-slash.
 _NOT_AFTER_A_KEY = re.compile(rb':(?<![^\\]":)')
@@ -85,23 +85,23 @@ class Block:
     def records(self) -> Iterator["Record"]:
         return (Record(fields, self.file, number) for number, fields in enumerate(self.fields, self.first))
 
-    def texts(self, key: str) -> list[str]:
+    def texts(self, key: str) -> Sequence[str]:
         values, types = self._column(key)
         if types == {str} and all(map(str.isascii, values)):
             return values
         return [record.text(key) for record in self.records()]
 
-    def optional_texts(self, key: str) -> list[str | None]:
+    def optional_texts(self, key: str) -> Sequence[str | None]:
         values, types = self._column(key)
         if types == {type(None)}:
             return values
-        return [record.optional_text(key) for record in self.records()] if types != {str} else [*self.texts(key)]
+        return [record.optional_text(key) for record in self.records()] if types != {str} else self.texts(key)
 
-    def identities(self, key: str) -> list[Identity]:
+    def identities(self, key: str) -> Sequence[Identity]:
         values, types = self._column(key)
         return values if types <= {int, str} else [record.identity(key) for record in self.records()]
 
-    def integers(self, key: str) -> list[int]:
+    def integers(self, key: str) -> Sequence[int]:
         values, types = self._column(key)
         if types == {int} and min(values) in _INT64 and max(values) in _INT64:
             return values
@@ -112,6 +112,13 @@ class Block:
         joined = folder.join_plain(names) if types == {str} else None
         return [record.path(key, folder) for record in self.records()] if joined is None else joined
 
+    def empty(self, key: str) -> int:
+        """How many of the strings of a key, or of its lists of strings, are empty; the key must have been read before."""
+        values: Iterable[Any] = self._column(key)[0]
+        if values and type(values[0]) is list:
+            values = list(chain.from_iterable(values))
+        return len(values) - sum(map(bool, map(str.strip, values)))
+
     def _column(self, key: str) -> tuple[list[Any], set[type]]:
         """The value of every object, and the types that occur; an absent value counts as None."""
         try:
@@ -119,6 +126,18 @@ class Block:
         except KeyError:
             values = [fields.get(key) for fields in self.fields]
         return values, set(map(type, values))
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Pause cyclic garbage collection: it would walk all that was read so far again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iterator["Record"]:
@@ -130,8 +149,6 @@ def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iter
 def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Iterator[Block]:
     """Yield the objects of a JSON list, some thousand at a time, so that a million of them are never held as a whole.
 
-    Cyclic garbage collection is paused meanwhile: it would walk all that was read so far again and again.
-
     Args:
         path: of the file.
         texts: key of a string, or of a list of strings; how many of them are empty is logged after the last record.
@@ -140,33 +157,19 @@ def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Itera
         DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
     """
     file, number, place, empty = os.fspath(path), 0, 0, 0
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collection():
         with _open(path) as stream:
             for records, after in _read_quickly(stream):
-                yield Block(records, file, number)
+                yield (block := Block(records, file, number))
                 number, place = number + len(records), after
-                empty += _count_empty(records, texts)
+                empty += block.empty(texts) if texts else 0
         if place >= 0:
             for record in _read_carefully(path, place, number):
-                yield Block([record], file, number)
+                yield (block := Block([record], file, number))
                 number += 1
-                empty += _count_empty([record], texts)
+                empty += block.empty(texts) if texts else 0
         if empty:
             logger.warning("%s: %d empty captions", file, empty)
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _count_empty(records: list[dict[str, Any]], texts: str | None) -> int:
-    if texts is None:
-        return 0
-    values = [record[texts] for record in records]
-    if values and type(values[0]) is list:
-        values = list(chain.from_iterable(values))
-    return len(values) - sum(map(bool, map(str.strip, values)))
 
 
 def _read_quickly(stream: BinaryIO) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -310,12 +313,12 @@ class Folder:
             return "climbs out of the folder"
         return None
 
-    def join_plain(self, names: list[str]) -> list[str] | None:
+    def join_plain(self, names: Sequence[str]) -> list[str] | None:
         """`folder/name` of every name; `None` if one of them is not plain enough to see at once that it stays inside."""
-        text = "\n".join(names)
-        if not text.isascii() or any(odd in text for odd in ("..", "\\", ":", "\0")):
+        text = "\n".join(names) + "\n"
+        if not text.isascii() or any(odd in text for odd in ("..", "\\", ":", "\0", "/\n")):
             return None
-        if text.count("\n") >= max(1, len(names)) or _ODD_ENDS.search(f"\n{text}\n"):
+        if text.count("\n") != len(names) or not "".join({name[:1] or "?" for name in names} or "a").isalnum():
             return None
         return [self._prefix + name for name in names]
 
@@ -328,11 +331,12 @@ class Folder:
         return self._prefix + name
 
 
-def number_on(values: list[Any], number_of: dict[Any, int]) -> list[int]:
-    """The numbers of values; those that have none yet get the next ones, in order of first appearance."""
-    new = [value for value in dict.fromkeys(values) if value not in number_of]
-    number_of.update(zip(new, range(len(number_of), len(number_of) + len(new))))
-    return list(map(number_of.__getitem__, values))
+class Numbers(dict[Any, int]):
+    """Value -> its number; values are numbered from 0 in order of first appearance."""
+
+    def __missing__(self, value: Any) -> int:
+        self[value] = number = len(self)
+        return number
 
 
 class Record:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Files, Folder, Identity, as_list, iter_blocks, number_on
+from tbps_common.datasets.json_records import Files, Folder, Numbers, as_list, iter_blocks
 from tbps_common.packed import Packed, PackedNumbers, PackedStrings
 
 # The 91 shards in the order DiaNA's configuration lists them.
@@ -46,10 +46,10 @@ def load_mals(files: Files, image_root: str | os.PathLike[str]) -> MALSRecords:
     """
     folder = Folder(image_root)
     records = MALSRecords()
-    label_of: dict[Identity, int] = {}
+    label_of = Numbers()
     for file in as_list(files):
         for block in iter_blocks(file, "caption"):
-            records.labels.extend(number_on(block.identities("image_id"), label_of))
+            records.labels.extend(map(label_of.__getitem__, block.identities("image_id")))
             records.image_paths.extend(block.paths("image", folder))
             records.captions.extend(block.texts("caption"))
     return records

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from tbps_common.datasets.json_records import Folder, iter_blocks, number_on
+from tbps_common.datasets.json_records import Folder, Numbers, iter_blocks
 from tbps_common.packed import Packed, PackedNumbers, PackedStrings
 
 
@@ -51,12 +51,12 @@ class SynCPRRecords(Packed[SynCPRRecord]):
 
     def read(self, file: str, folder: Folder) -> None:
         """Add the records of a file."""
-        number_of: dict[str | None, int] = {None: 0}
+        number_of = Numbers({None: 0})
         for block in iter_blocks(file, "edit_caption"):
             self.reference_image_paths.extend(block.paths("reference_image_path", folder))
             self.target_image_paths.extend(block.paths("target_image_path", folder))
-            self._reference_captions.extend(number_on(block.optional_texts("reference_caption"), number_of))
-            self._target_captions.extend(number_on(block.optional_texts("target_caption"), number_of))
+            self._reference_captions.extend(map(number_of.__getitem__, block.optional_texts("reference_caption")))
+            self._target_captions.extend(map(number_of.__getitem__, block.optional_texts("target_caption")))
             self.edit_captions.extend(block.texts("edit_caption"))
             self.cpr_ids.extend(block.integers("cpr_id"))
         self._captions.extend(caption for caption in number_of if caption is not None)

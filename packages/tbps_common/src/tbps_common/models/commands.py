@@ -10,24 +10,29 @@ import argparse
 from importlib import import_module
 
 from tbps_common.errors import InputError
-from tbps_common.run.arguments import whole_number
+from tbps_common.run.arguments import parser_of_commands, whole_number
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of `tbps-model`."""
-    parser = argparse.ArgumentParser(
-        prog="tbps-model",
-        description="Say what a weight file is, convert it to and from the layout of the Hugging Face hub, or export its encoders.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{inspect,convert,export}")
-
-    inspect = commands.add_parser(
-        "inspect",
-        help="which paper and layout, sizes, missing and unexpected names, checksum",
-        description="No weights are read into memory and nothing in the file is run. Exit status: 0 if the file is of a known "
-        "layout and fits its model, 1 if not, 2 if it cannot be read.",
-        allow_abbrev=False,
+    parser, (inspect, convert, export) = parser_of_commands(
+        "tbps-model",
+        "Say what a weight file is, convert it to and from the layout of the Hugging Face hub, or export its encoders.",
+        {
+            "inspect": (
+                "which paper and layout, sizes, missing and unexpected names, checksum",
+                "No weights are read into memory and nothing in the file is run. Exit status: 0 if the file is of a known layout "
+                "and fits its model, 1 if not, 2 if it cannot be read.",
+            ),
+            "convert": (
+                "a checkpoint of CMLFA, FAFA or MRA to the layout of the hub, or back",
+                "Weights are copied bit by bit.",
+            ),
+            "export": (
+                "image and text encoders of CMLFA, FAFA or MRA as ONNX files",
+                "Needs pip install 'tbps-common[onnx]'. Compares the files with torch on random inputs.",
+            ),
+        },
     )
     inspect.add_argument(
         "file", metavar="FILE", help="weight file, or a folder in the layout of the hub or of diffusers"
@@ -36,12 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--no_checksum", action="store_true", help="do not read the whole file for its SHA-256")
     inspect.add_argument("--json", metavar="OUT", help="also write what is found to OUT")
 
-    convert = commands.add_parser(
-        "convert",
-        help="a checkpoint of CMLFA, FAFA or MRA to the layout of the hub, or back",
-        description="Weights are copied bit by bit.",
-        allow_abbrev=False,
-    )
     convert.add_argument(
         "file", metavar="FILE", help="checkpoint, or (for --to official) a folder in the layout of the hub"
     )
@@ -58,14 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with vocab.txt (FAFA, MRA); by default the one that the configuration names",
     )
-    _add_trust_flag(convert)
-
-    export = commands.add_parser(
-        "export",
-        help="image and text encoders of CMLFA, FAFA or MRA as ONNX files",
-        description="Needs pip install 'tbps-common[onnx]'. Compares the files with torch on random inputs.",
-        allow_abbrev=False,
+    convert.add_argument(
+        "--trust_checkpoint",
+        "--trust-checkpoint",
+        action="store_true",
+        help="read a checkpoint that only Python's pickle can read; such a file can run any code, so only use this for files "
+        "whose source you trust",
     )
+
     export.add_argument("model", metavar="MODEL", help="folder in the layout of the hub, or a name on the hub")
     export.add_argument("--onnx", action="store_true", required=True, help="the format; there is no other yet")
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
@@ -86,13 +85,3 @@ def main(argv: list[str]) -> int:
             raise
         raise InputError(f"{error.name} is not installed: pip install 'tbps-common[onnx]'") from error
     return module.main(flags)
-
-
-def _add_trust_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trust_checkpoint",
-        "--trust-checkpoint",
-        action="store_true",
-        help="read a checkpoint that only Python's pickle can read; such a file can run any code, so only use this for files "
-        "whose source you trust",
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.models.contents import read_contents
-from tbps_common.models.hub import write_hub_folder, write_weights
+from tbps_common.models.hub import Checkpoint, write_hub_folder, write_weights
 from tbps_common.models.inspect import inspect
 from tbps_common.models.layouts import Paper, known_papers
 from tbps_common.models.source import is_hub_folder
@@ -33,7 +33,7 @@ def main(flags: argparse.Namespace) -> int:
     )
     module = import_module(paper.convert)
     if flags.to == "hub":
-        write_hub_folder(out, module.to_hub(state, beside, source, flags.config, flags.tokenizer))
+        write_hub_folder(out, module.to_hub(Checkpoint(source, state, beside, flags.config, flags.tokenizer)))
     elif out.suffix == ".safetensors":
         write_weights(out, state)
     else:

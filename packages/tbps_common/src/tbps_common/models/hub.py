@@ -82,6 +82,25 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that a package's `to_hub` brings into the layout of the hub.
+
+    Attributes:
+        path: its place.
+        state: its weights.
+        beside: what else it holds.
+        config: file or name that says how the model was trained (`--config`), or None for what is beside or inside it.
+        tokenizer: folder of the tokenizer (`--tokenizer`), or None for the one that the configuration names.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    beside: Mapping[str, Any]
+    config: str | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class HubParts:
     """What a folder in the layout of the hub is made of.
 

@@ -5,13 +5,34 @@ A type's message comes after argparse's own `argument --flag:`; the exit status 
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 BAD_IMAGES = ("stop", "skip")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the command's line breaks and shows every default."""
+
+
+def parser_of_commands(
+    prog: str, description: str, commands: Mapping[str, tuple[str, str]]
+) -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
+    """A parser whose first argument is one of several commands; the attribute `command` of its result is which one.
+
+    Args:
+        prog: name of the program.
+        description: of the program.
+        commands: by name, one line for the program's help, and the description for the command's own.
+
+    Returns:
+        The parser, and those of the commands, which take the flags.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parsers = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
+    return parser, [
+        parsers.add_parser(name, help=line, description=more, allow_abbrev=False)
+        for name, (line, more) in commands.items()
+    ]
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:

@@ -8,7 +8,8 @@ import torch
 from lancedb.index import IvfPq, IvfSq
 
 from tbps_common.errors import InputError
-from tbps_common.search.gallery import Gallery, ann_column, explained, hits_of, rank, row_numbers
+from tbps_common.search.gallery import Gallery, explained, hits_of
+from tbps_common.search.rank import ann_column, rank
 from tbps_common.search.retriever import Features, Query, Retriever, encode_queries
 from tbps_common.search.search import picture_of
 
@@ -90,7 +91,8 @@ def _example_queries(gallery: Gallery, model: Retriever) -> Features:
     ][:_QUERIES]
     if "text" in model.queries:
         return encode_queries(model, [Query(sentence) for sentence in sentences])
-    rows = row_numbers(gallery)
-    places = torch.linspace(0, len(rows) - 1, _QUERIES).long()
-    hits = hits_of(gallery, rows[places].tolist(), [0.0] * _QUERIES)
+    with explained(gallery.path):
+        found = gallery.table.search().where("problem IS NULL").select(["key"]).with_row_id(True).to_arrow()
+    places = torch.linspace(0, len(found) - 1, _QUERIES).long().tolist()
+    hits = hits_of(gallery, found["_rowid"].take(places).to_pylist(), [0.0] * _QUERIES)
     return encode_queries(model, [Query(text, picture_of(hit)) for text, hit in zip(sentences, hits)])

@@ -18,6 +18,10 @@ Delete from a gallery, for all models and without a trace of the features on the
 
   tbps-index --delete --out people.lance --path FOLDER/alice.jpg --files
   tbps-index --delete --out people.lance --where "camera = 'cam_a'"
+
+After the folder of the pictures has moved:
+
+  tbps-index --out people.lance --root NEW_FOLDER
 """
 SEARCH_DESCRIPTION = """\
 Find the pictures of a gallery that match, best first:
@@ -60,6 +64,9 @@ def index_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help=MODEL_HELP)
     add_gallery_flags(parser, required=False)
+    parser.add_argument(
+        "--root", metavar="DIR", help="where the folder lies that the gallery's paths are relative to, if it has moved"
+    )
     add_encoding_flags(parser)
     add_model_flags(parser)
     deletion = parser.add_argument_group("delete from the gallery (needs no model)")
@@ -83,6 +90,8 @@ def check_index_flags(flags: argparse.Namespace) -> None:
         return
     if flags.path or flags.where is not None or flags.files:
         raise InputError("--path, --where and --files belong to --delete: add it, or leave them out")
+    if flags.root and not flags.images:
+        return
     for name in ("model", "images"):
         if not getattr(flags, name):
             raise InputError(f"--{name} is needed to index pictures: see tbps-index --help")

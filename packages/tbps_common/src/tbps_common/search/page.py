@@ -1,8 +1,8 @@
 """`tbps-page`: a gallery searched in the browser, with words, with a picture and words, or in a chat.
 
-`tbps_common.search.page_blocks` has what the page shows; this is how it is served, to this machine only. In front of Gradio stands a door (`Door`) that knows the few
-addresses that the page needs and refuses all others, among them those at which Gradio offers files, and those that make it
-fetch something from the internet.
+`page_blocks` has what the page shows, `page_answers` what it asks the gallery, `page_html` its parts that are HTML; this is how it is
+served, to this machine only. In front of Gradio stands a door (`Door`) that knows the few addresses that the page needs and refuses
+all others, among them those at which Gradio offers files, and those that make it fetch something from the internet.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def page(flags: argparse.Namespace) -> int:
             import gradio
             import uvicorn
 
-            from tbps_common.search import page_blocks
+            from tbps_common.search import page_answers, page_blocks
         except ModuleNotFoundError as error:
             raise InputError(
                 f"the page needs gradio ({error}): install it with pip install 'tbps-common[page]', or pip install gradio"
@@ -46,7 +46,7 @@ def page(flags: argparse.Namespace) -> int:
             open_gallery(flags.gallery, model)
         host, port = listener.getsockname()[:2]
         most = flags.max_upload << 20
-        filters = page_blocks.find_filters(galleries)
+        filters = page_answers.find_filters(galleries)
         blocks = page_blocks.build(page_blocks.Page(flags.gallery, models, filters, Path(folder), most))
         app = gradio.mount_gradio_app(
             fastapi.FastAPI(openapi_url=None, lifespan=None),

@@ -74,7 +74,7 @@ def train_clip(folder: Path, *, seed: int, steps: int | None) -> dict[str, float
         text = end_tokens(clip, places[captions])
         said = pictures.said[captions]
         return (
-            contrast(image, text, fits(said, worn[chosen]), temperature())
+            contrast(temperature() * unit(text) @ unit(image).T, fits(said, worn[chosen]))
             + reader.loss(image, pictures.shown[chosen])
             + reader.loss(patches, pictures.shown[chosen])
             + reader.loss(text, said)
@@ -91,7 +91,7 @@ def train_clip(folder: Path, *, seed: int, steps: int | None) -> dict[str, float
     clip.token_embedding = every_word
     save_checkpoint({**clip.state_dict(), "logit_scale": temperature.logarithm.detach()}, folder / FILE)
     people = torch.tensor([hash(one) for one in pictures.people[aside[0]]])
-    found = (F.normalize(text, dim=1) @ F.normalize(image, dim=1).T).argmax(dim=1)
+    found = (unit(text) @ unit(image).T).argmax(dim=1)
     return {
         "R@1, %": round(100 * float((people[found] == people.repeat_interleave(2)).float().mean()), 1),
         "attributes seen, %": share_read(reader, [image], pictures.shown[aside[0]]),
@@ -139,17 +139,19 @@ def fits(said: Tensor, worn: Tensor) -> Tensor:
     return ((said[:, None] == UNKNOWN) | (said[:, None] == worn[None])).all(dim=2)
 
 
-def contrast(image: Tensor, text: Tensor, fitting: Tensor, scale: Tensor) -> Tensor:
+def contrast(logits: Tensor, fitting: Tensor) -> Tensor:
     """Symmetric cross-entropy against all pairs that fit, in equal shares.
 
     Args:
-        image: `[B, D]`.
-        text: `[B, D]`; row i describes image i.
-        fitting: bool `[B, B]`, which text (row) fits which image (column).
-        scale: inverse temperature.
+        logits: `[B, B]`, of each text (row) with each picture (column).
+        fitting: bool `[B, B]`, which of them fit; row i describes picture i.
     """
-    logits = scale * F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
     target = fitting.float()
     to_image = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
     to_text = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
     return (to_image + to_text) / 2
+
+
+def unit(features: Tensor) -> Tensor:
+    """Rows of length 1."""
+    return F.normalize(features, dim=-1)

@@ -22,10 +22,18 @@ A model that is there, trained with the same settings, is kept.
 # Name -> the function train(folder, *, seed, steps) that fills the folder and returns what it measured. `steps` None:
 # as many as are needed. Imported when its turn has come, for what one model needs another one may do without.
 MODELS: dict[str, str] = {
+    "clip": "tbps_world.pretrain.clip:train_clip",
+    "blip2": "tbps_world.pretrain.blip2:train_blip2",
     "swin_bert": "tbps_world.pretrain.swin_bert:train",
     "swin_llama": "tbps_world.pretrain.swin_llama:train",
-    "clip": "tbps_world.pretrain.clip:train_clip",
+    "diffusion": "tbps_world.pretrain.diffusion:train",
+    "image_encoder": "tbps_world.pretrain.image_encoder:train",
+    "detector": "tbps_world.pretrain.detector:train",
+    "pose": "tbps_world.pretrain.pose:train",
+    "captioner": "tbps_world.pretrain.captioner:train",
 }
+NEEDS = {"blip2": "clip"}
+"""Models that begin with another one, which lies beside them."""
 RECORD = "start.json"
 VERSION = 1
 """Raised whenever the same settings would train another model."""
@@ -37,7 +45,8 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in flags.names if name not in MODELS]
     if unknown:
         raise InputError(f"{unknown[0]} is not a start weight: choose from {', '.join(MODELS)}.")
-    for name in flags.names:
+    names = [one for name in flags.names for one in (NEEDS.get(name), name) if one]
+    for name in dict.fromkeys(names):
         _train(name, Path(flags.out) / name, flags.seed, flags.steps)
     return 0
 

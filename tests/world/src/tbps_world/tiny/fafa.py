@@ -116,6 +116,13 @@ def write_tiny_model(folder: Path, settings: Mapping[str, Any], words: Iterable[
     return path
 
 
+def pedestrian_words() -> list[str]:
+    """The vocabulary of `tbps-synth`; the tokenizer splits words at hyphens."""
+    from tbps_world.synth.lexicon import lexicon
+
+    return ["-", ",", "'", *(part for word in lexicon() for part in word.split("-"))]
+
+
 def write_toy_data(
     folder: Path, *, triplets: int = TRIPLETS, queries: int = QUERIES, one_instance: bool = False
 ) -> None:
@@ -194,11 +201,7 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     folder = Path(flags.folder)
     if flags.purpose == "pedestrians":
-        from tbps_world.synth.lexicon import lexicon
-
-        # The tokenizer splits words at hyphens.
-        parts = (part for word in lexicon() for part in word.split("-"))
-        write_tiny_model(folder, PEDESTRIAN_MODEL, ["-", ",", "'", *parts])
+        write_tiny_model(folder, PEDESTRIAN_MODEL, pedestrian_words())
         print(f"written to {folder}: tiny.yaml, vocab.txt")
         return 0
     write_tiny_model(folder, TINY_MODEL, WORDS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call
+from tbps_world.toys.steps import StepFailed, add_start, call
 
 DESCRIPTION = """\
 Run the arms that test a paper's claims with several seeds, and write docs/claims/PAPER.json and PAPER.md: mean and spread of every
@@ -51,6 +51,41 @@ class Paper:
 
 
 PAPERS = {
+    "cmlfa": Paper(
+        "CMLFA",
+        (
+            Arm("parts"),
+            Arm("one prototype", ("--more=--num_prototypes 1",)),
+            Arm("with MLM", ("--more=--loss_names sdm+mlm+id+itc",)),
+            Arm("over the batch", ("--lfa_attention", "batch")),
+        ),
+        (
+            Claim("refining beats the CLIP it starts from", "parts: refined", "parts: start"),
+            Claim("nine prototypes beat one", "parts: refined", "one prototype: refined"),
+            Claim("MLM helps", "with MLM: refined", "parts: refined"),
+            Claim("attention over parts beats attention over the batch", "parts: refined", "over the batch: refined"),
+        ),
+        ("--preset", "tiny", "--epochs", "1"),
+    ),
+    "fafa": Paper(
+        "FAFA",
+        (
+            Arm("FAFA"),
+            Arm("mean of all tokens", ("--more=--fda-k 12",)),
+            Arm("best token alone", ("--more=--fda-k 1",)),
+            Arm("without FD", ("--more=--loss-fd 0",)),
+            Arm("without MFR", ("--more=--loss-mfr 0",)),
+        ),
+        (
+            Claim("training on triplets beats none", "FAFA: trained", "FAFA: untrained"),
+            Claim("training on triplets beats the sum of picture and sentence", "FAFA: trained", "FAFA: sum"),
+            Claim("FDA beats the mean of all tokens", "FAFA: trained", "mean of all tokens: trained"),
+            Claim("FDA beats the best token", "FAFA: trained", "best token alone: trained"),
+            Claim("FD helps", "FAFA: trained", "without FD: trained"),
+            Claim("MFR helps", "FAFA: trained", "without MFR: trained"),
+        ),
+        ("--ids", "48", "--epochs", "1"),
+    ),
     "mra": Paper(
         "MRA",
         (
@@ -119,9 +154,24 @@ def run_arm(paper: str, out: Path, arguments: list[str]) -> dict[str, float]:
     from tbps_world import cli
 
     started = time.perf_counter()
-    toy = {"mra": cli.mra_toy_main, "diana": cli.diana_toy_main}[paper]
+    toy = {
+        "cmlfa": cli.cmlfa_toy_main,
+        "fafa": cli.fafa_toy_main,
+        "mra": cli.mra_toy_main,
+        "diana": cli.diana_toy_main,
+    }[paper]
     call(f"{paper}-toy", toy, ["--out", str(out), *arguments])
     return {**_read[paper](out), "minutes": round((time.perf_counter() - started) / 60, 1)}
+
+
+def _cmlfa_figures(out: Path) -> dict[str, float]:
+    evaluation = json.loads((out / "metrics.json").read_text(encoding="utf-8"))[0]
+    return {"start": evaluation["start_R1"], "refined": evaluation["metrics"]["t2i"]["R1"]}
+
+
+def _fafa_figures(out: Path) -> dict[str, float]:
+    evaluation = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    return {**evaluation["start_R1"], "trained": evaluation["metrics"]["com"]["R1"]}
 
 
 def _mra_figures(out: Path) -> dict[str, float]:
@@ -135,7 +185,7 @@ def _diana_figures(out: Path) -> dict[str, float]:
     return {f"round {row['turn_limit']}": list(row["metrics"].values())[-1]["r1"] for row in rows}
 
 
-_read = {"mra": _mra_figures, "diana": _diana_figures}
+_read = {"cmlfa": _cmlfa_figures, "fafa": _fafa_figures, "mra": _mra_figures, "diana": _diana_figures}
 
 
 def table(paper: Paper, figures: Mapping[str, Mapping[str, Mapping[str, float]]], command: str) -> str:
@@ -184,6 +234,6 @@ def _parse(argv: list[str]) -> Any:
     add("--seeds", type=whole_number(1), default=3, help="number of seeds")
     add("--out", metavar="DIR", default="build/claims", help="folder of the toys' runs")
     add("--claims", metavar="DIR", help="folder of the figures (default: docs/claims, with --quick OUT)")
-    add("--start", metavar="DIR", default=START, help=START_HELP)
+    add_start(parser)
     add("--quick", action="store_true", help="runs of a few steps, which say nothing")
     return parser.parse_args(argv)

@@ -30,7 +30,7 @@ SEED = "1"  # the toys' own worlds have seed 0
 TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cmlfa": ("metrics.json", ("--preset", "tiny", "--epochs", "2", "--start", "random")),
     "mra": ("metrics.json", ("--preset", "tiny", "--networks", "tiny", "--sda_epochs", "1", "--cuhk_epochs", "2")),
-    "fafa": ("metrics.json", ("--ids", "48", "--epochs", "1")),
+    "fafa": ("metrics.json", ("--ids", "48", "--epochs", "1", "--start", "random")),
     "diana": (
         "evaluation/metrics.json",
         ("--preset", "tiny", "--start", "random", "--pretrain_steps", "2", "--finetune_steps", "2"),

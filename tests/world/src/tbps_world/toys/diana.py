@@ -15,7 +15,7 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call, checkout_of, echo, run_child, start_weights
+from tbps_world.toys.steps import StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians with captions and dialogues, take the tiny towers of tbps-train-tiny, and run the
@@ -76,9 +76,10 @@ def main(argv: list[str]) -> int:
             synth_main,
             ["--out", str(out / "world"), "--preset", flags.preset, "--layouts", "chatpedes,mals"],
         )
-        taught = flags.start != "random"
-        towers = start_weights(["swin_llama"], flags.start)[0] if taught else out / "tiny"
-        if not taught:
+        towers = start_weights("swin_llama", flags.start)
+        taught = towers is not None
+        if towers is None:
+            towers = out / "tiny"
             if not (towers / "configs" / "config.json").is_file():
                 call("diana-make-tiny", diana_tiny_main, ["--out", str(towers), *TINY_FLAGS])
         for stage, steps in (("pretrain", flags.pretrain_steps), ("finetune", flags.finetune_steps)):
@@ -208,7 +209,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", default="toy", metavar="DIR", help="folder for everything that is written")
     add("--preset", choices=("tiny", "small", "medium"), default="small", help="size of the world")
-    add("--start", metavar="DIR", default=START, help=START_HELP)
+    add_start(parser)
     add("--no_refiner", action="store_true", help="train without the attribute refiner")
     add("--seed", type=whole_number(0), default=42, help="of both trainings")
     add("--pretrain_steps", type=whole_number(1), metavar="N", help="stop pre-training after N steps")

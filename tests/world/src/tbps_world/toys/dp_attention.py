@@ -23,7 +23,7 @@ class AttentionReport:
     """What `examine` found.
 
     Attributes:
-        denoise_loss: mean squared error of the noise, over samples and timesteps, nothing masked.
+        denoise_loss: mean squared error of the noise (or v), over samples and timesteps, nothing masked.
         localization_loss: of the supervised layers; negative where the attention is right.
         inside: [n, N] share of each attribute's attention that lies inside its region; NaN for unused slots. Attention
             that is spread evenly has the share of the image that the region covers.
@@ -100,7 +100,9 @@ def examine(
             batch["img_token_idx_mask"],
             spatial_shape=grids,
         )
-        losses += torch.stack([masked_mse(found, noise), located]) / len(TIMESTEPS)
+        predicts_v = noise_scheduler.config.prediction_type == "v_prediction"
+        target = noise_scheduler.get_velocity(latents, noise, steps) if predicts_v else noise
+        losses += torch.stack([masked_mse(found, target), located]) / len(TIMESTEPS)
         for name, probabilities in attention.items():
             columns = probabilities.unflatten(0, (len(items), -1)).mean(dim=1)  # (n, q, L)
             places = batch["img_token_idx"][:, None].expand(-1, columns.shape[1], -1)

@@ -6,26 +6,28 @@ Every step is an ordinary command, echoed before it runs. A second call continue
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dp_gen.model.hub import BASE_MODEL, IMAGE_ENCODER
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import whole_number
 from tbps_world.tiny.dp_gen_command import VAE_UPDATES
-from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, checkout_of, echo, link_start, run_child
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny editor on it with the paper's own train command, edit test images and
 make new ones with it, and annotate the edits with the paper's own annotate command (a practice server on this machine
 answers). Needs no download and no GPU.
 
-The models are tiny and start from random weights, so the pictures are rough: what the toy shows is that every command
-works, that training lowers the denoising loss, and that the attention of each attribute moves onto its region.
+The models are tiny, so the pictures are rough. They start from weights of tbps-train-tiny, which have seen other persons
+(--start random: from nothing). The captions of the training name no colours: what an edit's colour is, only its
+reference can say. Shown are the share of edited garments that have their reference's colour, the losses before and
+after, and the attention of each attribute, which moves onto its region.
 """
 
 # The train command of the paper's README, flag by flag, without its three folders.
@@ -57,13 +59,13 @@ README_FLAGS = (
     *("--resume_from_checkpoint", "latest"),
 )
 
-# What is appended, so that random weights learn on a CPU within minutes. The last value of a flag counts.
+# What is appended, so that tiny models learn on a CPU within minutes. The last value of a flag counts.
 LEARNING_FLAGS = (
-    *("--lr", "4e-3"),
+    *("--lr", "2e-3"),
     *("--lr_scheduler", "cosine"),
     *("--lr_warmup_steps", "20"),
     *("--train_batch_size", "16"),
-    *("--mask_loss_prob", "0.25"),  # weights that begin at random must learn the background too
+    *("--mask_loss_prob", "0.5"),
     *("--attribute_loc_weight", "0.2"),
     *("--uncondition_prob", "0.1"),
     *("--seg_map_interpolation", "nearest"),
@@ -71,10 +73,10 @@ LEARNING_FLAGS = (
     *("--dataloader_num_workers", "0"),
     *("--checkpointing_steps", "100"),
 )
-UPDATES = 400
+UPDATES, IDS = 400, 150
+RANDOM_FLAGS = ("--lr", "4e-3", "--mask_loss_prob", "0.25")  # the background must be learnt, too
 UNET_WIDTH = 32  # the default of dp-make-tiny cannot learn to paint
-POOL_LABELS = ("hair", "uppercloth", "bottomcloth")
-POOL_SIZE = 6  # references of each type
+COLOURLESS = "colourless"
 
 
 def main(argv: list[str]) -> int:
@@ -84,44 +86,53 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        _make_world(out, args.preset)
-        _make_models(out, args)
+        _make_world(out, args)
+        _find_models(out, args)
         _train(out, args)
         numbers = _examine(out, args)
         _generate(out, args)
+        colours = _judge(out, args, numbers)
         _annotate(out)
     except StepFailed as failure:
         return failure.status
-    _conclude(out, numbers, time.perf_counter() - started)
+    _conclude(out, numbers, colours, time.perf_counter() - started)
     return 0
 
 
-def _make_world(out: Path, preset: str) -> None:
+def _make_world(out: Path, args: argparse.Namespace) -> None:
     from tbps_world.cli import synth_main
+    from tbps_world.toys.dp_colours import leave_out_colours, make_pool
 
-    arguments = ["--out", str(out / "world"), "--preset", preset, "--layouts", "dp"]
-    call("tbps-synth", synth_main, arguments)
+    size = ["--preset", args.preset, "--ids", str(args.ids)]
+    call("tbps-synth", synth_main, ["--out", str(out / "world"), *size, "--layouts", "dp"])
+    leave_out_colours(out / "world" / "dp", out / COLOURLESS)
+    make_pool(out / "world" / "dp", out / "pool")
 
 
-def _make_models(out: Path, args: argparse.Namespace) -> None:
+def _find_models(out: Path, args: argparse.Namespace) -> None:
+    """Put the models where the paper's command looks for them: start weights, or random ones."""
     from tbps_world.cli import dp_tiny_main
 
-    if (out / BASE_MODEL / "model_index.json").is_file() and (out / IMAGE_ENCODER / "config.json").is_file():
-        return
-    arguments = [
-        *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
-        *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),
-        *("--unet_width", str(UNET_WIDTH)),
-    ]
-    call("dp-make-tiny", dp_tiny_main, arguments)
+    places = [out / BASE_MODEL, out / IMAGE_ENCODER]
+    if args.start != RANDOM:
+        for name, place in zip(("diffusion", "image_encoder"), places):
+            link_start(name, args.start, place)
+    elif not all(place.is_dir() for place in places):
+        arguments = [
+            *(str(out), "--lexicon", str(out / "world" / "lexicon.txt"), "--vae_images", str(out / "world" / "dp")),
+            *("--vae_updates", str(args.vae_updates), "--vae_resolution", str(args.resolution)),
+            *("--unet_width", str(UNET_WIDTH)),
+        ]
+        call("dp-make-tiny", dp_tiny_main, arguments)
 
 
-def train_arguments(updates: int, resolution: int) -> list[str]:
+def train_arguments(updates: int, resolution: int, more: Sequence[str] = ()) -> list[str]:
     """The README's flags with the toy's folders, then everything appended to them; run in the toy's folder."""
     return [
         *README_FLAGS,
-        *("--dataset_name", "world/dp", "--logging_dir", "logs", "--output_dir", "editor"),
+        *("--dataset_name", COLOURLESS, "--logging_dir", "logs", "--output_dir", "editor"),
         *LEARNING_FLAGS,
+        *more,
         *("--max_train_steps", str(updates), "--resolution", str(resolution)),
     ]
 
@@ -130,77 +141,62 @@ def _train(out: Path, args: argparse.Namespace) -> None:
     """The paper's command through `accelerate launch`; it goes on by itself with `--resume_from_checkpoint latest`."""
     launcher = ["accelerate.commands.launch", "--mixed_precision=bf16"]
     shown = ["accelerate", "launch", *launcher[1:], "train.py"]
-    arguments = train_arguments(args.updates, args.resolution)
+    arguments = train_arguments(args.updates, args.resolution, RANDOM_FLAGS if args.start == RANDOM else ())
     _run(out, [sys.executable, "-m", *launcher, *_script("train")], arguments, shown)
 
 
 def _examine(out: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Losses and attention on test images, of the start and of the trained model."""
+    """Losses and attention on test images, of the start and of the trained model: `before` and `after`."""
     from dp_gen.data import DiversePersonDataset
     from dp_gen.model import DiversePersonPipeline
     from dp_gen.model.parts import load_training_scheduler
     from dp_gen.options import parse_args
-    from tbps_common.files import write_json
     from tbps_world.toys.dp_attention import draw_attention, examine, untrained
 
     flags = parse_args(train_arguments(args.updates, args.resolution))
     flags.pretrained_model_hf, flags.image_encoder_hf = str(out / BASE_MODEL), str(out / IMAGE_ENCODER)
     flags.uncondition_prob = 0.0  # every sample is examined with its caption
     pipeline = DiversePersonPipeline.from_pretrained(out / "editor")
-    dataset = DiversePersonDataset(out / "world" / "dp", pipeline.tokenizer, flags, "test")
+    dataset = DiversePersonDataset(out / COLOURLESS, pipeline.tokenizer, flags, "test")
     scheduler = load_training_scheduler(flags)
     reports = {
         "before": examine(untrained(flags, flags.seed), dataset, scheduler),
         "after": examine(pipeline.model, dataset, scheduler),
     }
     draw_attention(out / "attention.png", reports["before"], reports["after"])
-    numbers = {when: report.numbers for when, report in reports.items()}
-    write_json(out / "metrics.json", {"updates": args.updates, **numbers})
-    return numbers
+    return {when: report.numbers for when, report in reports.items()}
 
 
 def _generate(out: Path, args: argparse.Namespace) -> None:
     """Edits of test images, and new persons, with garments of other test images as references."""
-    _make_pool(out)
+    from tbps_world.toys.dp_colours import POOL_LABELS
+
     common = ["--finetuned_model_path", "editor", "--inference_steps", str(args.inference_steps), "--seed", "0"]
     common += ["--guidance_scale", "2", "--start_merge_step", "-1"]
-    edit = ["--edit_folder", "world/dp", "--edit_split", "test", "--reference_pool", "pool", "--limit", str(args.edits)]
-    edit += ["--edit_caption", "substituted"]
+    edit = ["--edit_folder", COLOURLESS, "--edit_split", "test", "--reference_pool", "pool", "--strength", "1"]
+    edit += ["--limit", str(args.edits)]
     command = _command("generate")
     _run(out, command, [*common, *edit, "--out", "edits"], ["python", "generate.py"])
-    pool = {label: sorted((out / "pool" / label).glob("*.png")) for label in POOL_LABELS[1:]}
-    phrases = {label: files[0].stem.replace("_", " ") for label, files in pool.items() if files}
-    named = (phrase if phrase.endswith("s") else f"a {phrase}" for phrase in phrases.values())
-    description = "A person wearing " + " and ".join(f"{phrase}<|image|>" for phrase in named) + "."
-    folder = out / "references"
+    folder, named = out / "references", []
     folder.mkdir(exist_ok=True)
-    for number, label in enumerate(phrases):
-        (folder / f"{number}.png").write_bytes(pool[label][0].read_bytes())
+    for number, label in enumerate(POOL_LABELS):
+        reference = min((out / "pool" / label).glob("*.png"))
+        (folder / f"{number}.png").write_bytes(reference.read_bytes())
+        phrase = " ".join(reference.stem.split("_")[1:])  # without its colour
+        named.append(f"{phrase if phrase.endswith('s') else f'a {phrase}'}<|image|>")
+    description = f"A person wearing {' and '.join(named)}."
     new = ["--test_description", description, "--test_reference_attribute_folder", "references"]
-    _run(out, command, [*common, *new, "--num_images_per_description", "2", "--out", "new"], ["python", "generate.py"])
+    _run(out, command, [*common, *new, "--num_images_per_description", "4", "--out", "new"], ["python", "generate.py"])
 
 
-def _make_pool(out: Path) -> None:
-    """Cut garments out of test images, on white: a stand-in for product photographs."""
-    import torch
-    from PIL import Image
+def _judge(out: Path, args: argparse.Namespace, numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Whether the edited garments have their references' colours."""
+    from tbps_common.files import write_json
+    from tbps_world.toys.dp_colours import colours_followed
 
-    from dp_gen.data import TrainingFolder, cut_attribute
-
-    folder = TrainingFolder(out / "world" / "dp", "test")
-    chosen: dict[str, set[Path]] = {label: set() for label in POOL_LABELS}
-    for index in reversed(range(len(folder))):  # from the end, so that edits do not get their own garments back
-        image, info, seg_map, _ = folder.load(index)
-        for segment in info["segments"]:
-            label = segment["label"]
-            words = re.sub(r"^(a pair of|an?|the) ", "", segment["phrase"].lower())
-            path = out / "pool" / label / f"{re.sub(r'[^a-z]+', '_', words).strip('_')}.png"
-            if label not in chosen or path in chosen[label] or len(chosen[label]) == POOL_SIZE:
-                continue
-            chosen[label].add(path)
-            cut = cut_attribute(image, torch.full_like(image, 255), seg_map, segment["id"], segment["bbox"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(cut.permute(1, 2, 0).numpy()).save(path)
+    colours = colours_followed(out / "edits", out / COLOURLESS, out / "pool")
+    write_json(out / "metrics.json", {"updates": args.updates, **numbers, "colours": colours})
+    return colours
 
 
 def _annotate(out: Path) -> None:
@@ -244,7 +240,9 @@ def _run(
     run_child([*command, *arguments], cwd=out, env={**os.environ, **(environment or {})}, group=True)
 
 
-def _conclude(out: Path, numbers: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+def _conclude(
+    out: Path, numbers: Mapping[str, Mapping[str, float]], colours: Mapping[str, float], seconds: float
+) -> None:
     rows = (out / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
     if not rows:
         raise InputError(f"{out / 'annotations.jsonl'} is empty: see the messages of annotate.py above")
@@ -255,6 +253,14 @@ def _conclude(out: Path, numbers: Mapping[str, Mapping[str, float]], seconds: fl
         ("attention_inside", "attention inside the attribute's region (share)"),
     ):
         print(f"{what:48}{numbers['before'][name]:>10.4f}{numbers['after'][name]:>10.4f}")
+    print(f"\nedited garments whose colour is nearest to that of ... among the pool's ({colours['regions']} regions)")
+    for name, what in (
+        ("given", "the given reference"),
+        ("shuffled", "another edit's reference"),
+        ("unedited", "the given reference, before the edit"),
+        ("chance", "by chance"),
+    ):
+        print(f"  {what:46}{colours[name]:>10.1%}")
     row = json.loads(rows[0])
     print(f"\noriginal caption:  {row['base_description']}")
     print(f"attributes put in: {', '.join(row['reference_attribute_list'])}")
@@ -277,8 +283,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", default="toy", help="folder for everything that is written (default: %(default)s)")
     parser.add_argument(
-        "--preset", choices=("tiny", "small", "medium"), default="tiny", help="size of the world (default: %(default)s)"
+        "--preset", choices=("tiny", "small", "medium"), default="small", help="kind of world (default: %(default)s)"
     )
+    parser.add_argument("--ids", type=whole_number(3), default=IDS, help="persons of it (default: %(default)s)")
+    add_start(parser)
     parser.add_argument(
         "--updates", type=whole_number(1), default=UPDATES, help="training updates (default: %(default)s)"
     )
@@ -289,10 +297,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--vae_updates",
         type=whole_number(1),
         default=VAE_UPDATES,
-        help="updates of the VAE's training (default: %(default)s)",
+        help=f"updates of the VAE's training, with --start {RANDOM} (default: %(default)s)",
     )
     parser.add_argument(
         "--inference_steps", type=whole_number(1), default=20, help="steps of generation (default: %(default)s)"
     )
-    parser.add_argument("--edits", type=whole_number(1), default=8, help="test images to edit (default: %(default)s)")
+    parser.add_argument("--edits", type=whole_number(1), default=48, help="test images to edit (default: %(default)s)")
     return parser.parse_args(argv)

@@ -16,11 +16,13 @@ from typing import Any
 
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
-from tbps_world.toys.steps import StepFailed, call, checkout_of, echo, run_child
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, checkout_of, echo, run_child, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, train a tiny model on it with the paper's own training command, evaluate it with
-the paper's own inference command, and show what comes out. Needs no download and no GPU.
+the paper's own inference command, and show what comes out. Needs no download and no GPU. The paper starts from BLIP-2;
+here a tiny one takes its place, which tbps-train-tiny has trained on single pictures of other synthetic persons. Beside
+the result stands what these start weights find with the picture alone, the sentence alone, and the sum of both.
 """
 
 # The training command of the paper's README, flag by flag, after its data folders.
@@ -45,22 +47,32 @@ README_FLAGS = (
     *("--fda-alpha", "0.5"),
     *("--fd-margin", "0.5"),
 )
-# What is appended, so that a model of random weights learns on a CPU within minutes. The last value of a flag counts.
-EPOCHS = 60
+# What is appended, so that a tiny model learns on a CPU within minutes. The last value of a flag counts.
 LEARNING_FLAGS = (
     *("--num-workers", "1"),
-    *("--learning-rate", "1e-3"),
     *("--batch-size", "32"),
-    # Random features are easiest to predict when they are all the same: at 0.5 MFR holds them together for long.
-    *("--loss-mfr", "0.05"),
     *("--validation-frequency", "10"),
     *("--eval-num-workers", "1"),
-    *("--seed", "0"),
     "--save-last",
     "--no-code-backup",
 )
-WORLD_FLAGS = ("--preset", "small", "--ids", "1100", "--height", "384", "--format", "jpg", "--layouts", "syncpr,itcpr")
+EPOCHS = 10
+START_FLAGS = (
+    *("--learning-rate", "5e-4"),
+    # The start weights know pictures that were squashed to a square, not padded.
+    *("--transform", "resize"),
+    *("--loss-mfr", "0.05"),
+)
+# With --start random: random features are easiest to predict when they are all the same; at 0.5 MFR holds them together
+# for long.
+RANDOM_FLAGS = (*("--learning-rate", "1e-3"), *("--loss-mfr", "0.05"))
+RANDOM_EPOCHS = 60
+WORLD_FLAGS = ("--preset", "small", "--ids", "1100", "--format", "jpg", "--layouts", "syncpr,itcpr")
+START_SIZE, RANDOM_SIZE = ("--height", "192"), ("--height", "384")
+OVERFIT = 32
+OVERFIT_EPOCHS = 150
 COLUMNS = ("R1", "R5", "R10", "mAP")
+RANDOM_MODEL = "model"
 MODEL_NAME = "tuned_last_recall_at1.pt"
 
 
@@ -71,48 +83,93 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        _make_world(out, flags.ids)
-        _make_model(out)
-        run = _train(out, flags)
-        _infer(out, run, flags.device)
+        _make_world(out, flags.ids, flags.start)
+        backbone = _make_model(out, flags.start)
+        arguments = train_arguments(out, backbone, epochs=flags.epochs, device=flags.device)
+        arguments += ["--seed", str(flags.seed), *flags.more]
+        checked = _check_overfit(out, arguments, flags.device) if flags.overfit else None
+        run = _train(out, arguments)
+        _infer(run, out / "world" / "ITCPR", flags.device)
     except StepFailed as failure:
         return failure.status
-    _conclude(out, run, time.perf_counter() - started)
+    _conclude(out, run, backbone, checked, time.perf_counter() - started)
     return 0
 
 
-def _make_world(out: Path, ids: int | None) -> None:
+def _make_world(out: Path, ids: int | None, start: str) -> None:
     from tbps_world.cli import synth_main
 
-    arguments = ["--out", str(out / "world"), *WORLD_FLAGS, *(("--ids", str(ids)) if ids else ())]
-    call("tbps-synth", synth_main, arguments)
+    size = RANDOM_SIZE if start == RANDOM else START_SIZE
+    call(
+        "tbps-synth",
+        synth_main,
+        ["--out", str(out / "world"), *WORLD_FLAGS, *size, *(("--ids", str(ids)) if ids else ())],
+    )
 
 
-def _make_model(out: Path) -> None:
+def _make_model(out: Path, start: str) -> Path:
+    """The model's description, for `--backbone`."""
     from tbps_world.cli import fafa_tiny_main
 
-    arguments = [str(out / "model"), "--for", "pedestrians"]
-    call("fafa-make-tiny", fafa_tiny_main, arguments)
+    trained = start_weights("blip2", start)
+    if trained is not None:
+        return trained / "tiny.yaml"
+    call("fafa-make-tiny", fafa_tiny_main, [str(out / RANDOM_MODEL), "--for", "pedestrians"])
+    return out / RANDOM_MODEL / "tiny.yaml"
 
 
-def train_arguments(out: Path, *, epochs: int | None = None, device: str = "cpu") -> list[str]:
-    """The README's flags with the toy's data folders, then everything appended to them."""
+def train_arguments(out: Path, backbone: Path, *, epochs: int | None = None, device: str = "cpu") -> list[str]:
+    """The README's flags with the toy's data folders, then everything appended to them.
+
+    Args:
+        out: folder of the toy.
+        backbone: description of the model; in a folder named `RANDOM_MODEL` it is one of random weights.
+        epochs: instead of the tuned number.
+        device: of `--device`.
+    """
+    random = backbone.parent.name == RANDOM_MODEL
     return [
         *("--dataset", "cpr"),
         *("--syncpr-data-path", str(out / "world" / "SynCPR")),
         *("--itcpr-root", str(out / "world" / "ITCPR")),
         *README_FLAGS,
-        *("--backbone", str(out / "model" / "tiny.yaml")),
+        *("--backbone", str(backbone)),
         *("--exp-name", "toy", "--output-dir", str(out / "runs")),
-        *("--num-epochs", str(epochs or EPOCHS)),
+        *("--num-epochs", str(epochs or (RANDOM_EPOCHS if random else EPOCHS))),
         *LEARNING_FLAGS,
+        *(RANDOM_FLAGS if random else START_FLAGS),
         *("--device", device),
     ]
 
 
-def _train(out: Path, flags: argparse.Namespace) -> Path:
+def _check_overfit(out: Path, arguments: list[str], device: str) -> float:
+    """R@1 in percent on the triplets trained on, if there are only a few: whether the model can learn them at all."""
+    from tbps_common.files import write_json
+    from tbps_common.report.evaluation import read_evaluation
+
+    root, few = out / "world" / "SynCPR", out / "overfit"
+    by_change = {record["cpr_id"]: record for record in json.loads((root / "SynCPR.json").read_text(encoding="utf-8"))}
+    records = list(by_change.values())[:OVERFIT]
+    write_json(few / "SynCPR.json", records)
+    sides: dict[str, list[dict[str, Any]]] = {"reference": [], "target": []}
+    for number, record in enumerate(records):
+        for side, found in sides.items():
+            name = record[f"{side}_image_path"]
+            (few / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, few / name)
+            found.append({"file_path": name, "datasets": "SynCPR", "person_id": number, "instance_id": number + 1})
+        sides["reference"][-1]["caption"] = record["edit_caption"]
+    write_json(few / "query.json", sides["reference"])
+    write_json(few / "gallery.json", sides["target"])
+    length = ["--num-epochs", str(OVERFIT_EPOCHS), "--validation-frequency", str(OVERFIT_EPOCHS)]
+    folders = ["--syncpr-data-path", str(few), "--itcpr-root", str(few), "--output-dir", str(few / "runs")]
+    run = _train(few, [*arguments, *length, *folders])
+    _infer(run, few, device)
+    return read_evaluation(run / "evaluation.json")["metrics"]["com"]["R1"]
+
+
+def _train(out: Path, arguments: list[str]) -> Path:
     """Train, or go on with the run that was stopped; returns the run directory."""
-    arguments = train_arguments(out, epochs=flags.epochs, device=flags.device)
     earlier = _newest_run(out)
     if earlier is not None and (earlier / "training_state" / "last.pt").is_file() and _same_flags(earlier, arguments):
         arguments += ["--resume", str(earlier)]
@@ -134,10 +191,10 @@ def _same_flags(run: Path, arguments: list[str]) -> bool:
     return json.loads((run / "flags.json").read_text(encoding="utf-8")) == vars(get_args(arguments))
 
 
-def _infer(out: Path, run: Path, device: str) -> None:
-    arguments = ["--exp-dir", str(run), "--model-name", MODEL_NAME, "--itcpr-root", str(out / "world" / "ITCPR")]
+def _infer(run: Path, itcpr: Path, device: str) -> None:
+    arguments = ["--exp-dir", str(run), "--model-name", MODEL_NAME, "--itcpr-root", str(itcpr)]
     arguments += ["--batch-size", "256", "--num-workers", "1", "--device", device]
-    arguments += ["--fda-k-sweep", "1", "2", "4", "6", "8", "16"]
+    arguments += ["--fda-k-sweep", "1", "2", "4", "6", "8", "12"]
     _run("inference_fafa.py", "fafa-infer", arguments)
 
 
@@ -161,19 +218,62 @@ def chance_of_first(itcpr: Any) -> float:
     return 100 * sum(shares) / len(shares)
 
 
-def _conclude(out: Path, run: Path, seconds: float) -> None:
+def baselines(backbone: Path, itcpr: Any) -> dict[str, float]:
+    """R@1 in percent of the start weights, which have seen no triplet: with half of a query, with both, and fused."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from fafa.losses import pool_tokens, token_similarity
+    from fafa.model.fafa import load_model_and_preprocess
+    from fafa.model.settings import MODEL_NAME as ARCHITECTURE
+    from tbps_common.images import read_image
+
+    model, to_pixels, clean = load_model_and_preprocess(ARCHITECTURE, backbone, is_eval=True)
+    words = [clean["eval"](caption) for caption in itcpr.query["captions"]]
+    with torch.no_grad():
+
+        def states(paths: list[str]) -> torch.Tensor:
+            pixels = [to_pixels["eval"](read_image(path)) for path in paths]
+            return torch.cat(
+                [model.evaluation_states(torch.stack(pixels[n : n + 64])) for n in range(0, len(pixels), 64)]
+            )
+
+        asked = states(itcpr.query["img_paths"])
+        gallery = model.target_features(states(itcpr.gallery["img_paths"]))
+        sentence = model.extract_features({"text_input": words}, mode="text").text_embeds_proj
+        assert sentence is not None
+        queries = {
+            "picture": normalize(model.target_features(asked).mean(dim=1), dim=1),
+            "sentence": sentence[:, 0],
+            "untrained": model.query_features(asked, words),
+        }
+        scores = {name: pool_tokens(token_similarity(query, gallery), model.fda_k) for name, query in queries.items()}
+    scores["sum"] = scores["picture"] + scores["sentence"]
+    wanted, there = (torch.tensor(part["instance_ids"]) for part in (itcpr.query, itcpr.gallery))
+    return {name: 100 * (there[score.argmax(dim=1)] == wanted).float().mean().item() for name, score in scores.items()}
+
+
+def _conclude(out: Path, run: Path, backbone: Path, overfit: float | None, seconds: float) -> None:
     from tbps_common.datasets import ITCPR
     from tbps_common.files import write_json
     from tbps_common.report.evaluation import read_evaluation
 
     evaluation = read_evaluation(run / "evaluation.json")
     metrics = evaluation["metrics"]["com"]
-    chance = chance_of_first(ITCPR(out / "world" / "ITCPR", verbose=False))
+    itcpr = ITCPR(out / "world" / "ITCPR", verbose=False)
+    chance, start = chance_of_first(itcpr), baselines(backbone, itcpr)
     counts = evaluation["counts"]
     print(f"\ncomposed retrieval, {counts['queries']} queries, {counts['gallery']} gallery images:")
     print("  " + "  ".join(f"{name} {metrics[name]:.2f}" for name in COLUMNS))
     print(f"  R@1 by chance: {chance:.2f}; the model's is {metrics['R1'] / chance:.1f} times as high")
-    write_json(out / "metrics.json", {**evaluation, "chance_R1": chance})
+    print(
+        f"  R@1 of the start weights: picture alone {start['picture']:.2f}, sentence alone {start['sentence']:.2f}, sum of both "
+        f"{start['sum']:.2f}, picture and sentence fused {start['untrained']:.2f}"
+    )
+    if overfit is not None:
+        print(f"  R@1 among {OVERFIT} triplets after training on nothing else: {overfit:.2f}")
+    more = {"chance_R1": chance, "start_R1": start, "overfit_R1": overfit}
+    write_json(out / "metrics.json", {**evaluation, **more})
     for name in ("cmc.png", "ranked_list.png"):
         shutil.copyfile(run / name, out / name)
     print(f"\n{seconds / 60:.1f} minutes. Results:")
@@ -186,7 +286,7 @@ def _conclude(out: Path, run: Path, seconds: float) -> None:
     print("\nSearch the gallery with a picture and your own sentence:")
     index = str(out / "people.lance")
     run_flags = ["--exp-dir", str(run), "--model-name", MODEL_NAME]
-    picture = ITCPR(out / "world" / "ITCPR", verbose=False).query["img_paths"][0]
+    picture = itcpr.query["img_paths"][0]
     for command in (
         ["fafa-index", *run_flags, "--images", str(out / "world" / "ITCPR"), "--out", index],
         ["fafa-search", *run_flags, "--index", index, "--image", picture, "--text", "Wearing a red coat."],
@@ -197,7 +297,17 @@ def _conclude(out: Path, run: Path, seconds: float) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fafa-toy", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--out", default="toy", help="folder for everything that is written")
+    add_start(parser)
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the training")
+    parser.add_argument(
+        "--more",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="flags to append to the training command, as in --more='--loss-fd 0'",
+    )
     parser.add_argument("--ids", type=whole_number(3), help="identities of the world instead of the tuned number")
     parser.add_argument("--epochs", type=whole_number(1), help="epochs instead of the tuned number")
+    parser.add_argument("--overfit", action="store_true", help=f"first train on {OVERFIT} triplets alone and find them")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     return parser.parse_args(argv)

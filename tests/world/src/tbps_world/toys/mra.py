@@ -14,7 +14,7 @@ from mra.config import load_config
 from tbps_common.errors import InputError
 from tbps_common.run.arguments import HelpFormatter, whole_number
 from tbps_world.toys.mra_steps import run_script, set_entry
-from tbps_world.toys.steps import START, START_HELP, StepFailed, call, echo, start_weights
+from tbps_world.toys.steps import RANDOM, StepFailed, add_start, call, echo, start_weights
 
 DESCRIPTION = """\
 Draw a world of synthetic pedestrians, make tiny networks that start from a Swin and a BERT of tbps-train-tiny, pre-train
@@ -68,9 +68,9 @@ def _make_tiny(out: Path, networks: str, start: str) -> bool:
 
     lexicon = str(out / "lexicon.txt")
     call("mra-make-tiny", mra_tiny_main, ["--out", str(out), "--lexicon", lexicon, "--preset", networks])
-    if start == "random" or networks == "tiny":
+    weights = start_weights("swin_bert", RANDOM if networks == "tiny" else start)
+    if weights is None:
         return False
-    (weights,) = start_weights(["swin_bert"], start)
     echo(["cp", "-r", f"{weights}/*", str(out / "data")])
     shutil.copytree(weights, out / "data", dirs_exist_ok=True)
     return True
@@ -172,7 +172,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="toy",
         help="sizes that mra-make-tiny writes; tiny starts from random weights and learns nothing",
     )
-    parser.add_argument("--start", metavar="DIR", default=START, help=START_HELP)
+    add_start(parser)
     parser.add_argument("--sda_epochs", type=whole_number(0), metavar="N", help="epochs of the pre-training; 0: none")
     parser.add_argument("--no_regions", action="store_true", help="pre-train without the region loss")
     parser.add_argument("--seed", type=whole_number(0), default=42, help="of both trainings")

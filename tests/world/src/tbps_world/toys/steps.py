@@ -1,5 +1,6 @@
 """Commands made of commands (the toys): every step is shown, run, and ends everything with its exit status if it fails."""
 
+import argparse
 import os
 import shlex
 import signal
@@ -12,9 +13,8 @@ from typing import Any
 
 from tbps_common.errors import InputError
 
-START = "build/start"
-"""Default folder of the start weights, as of `tbps-train-tiny`."""
-START_HELP = "folder of the start weights, trained by tbps-train-tiny if they are not there; random: none"
+RANDOM = "random"
+"""What `--start` says for networks of random weights."""
 
 
 class StepFailed(Exception):
@@ -46,17 +46,43 @@ def call(name: str, command: Callable[[list[str]], int], arguments: Sequence[str
         raise StepFailed(status)
 
 
-def start_weights(names: Sequence[str], folder: str) -> list[Path]:
-    """Folders of start weights, trained by `tbps-train-tiny` unless they are there.
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of `start_weights`."""
+    parser.add_argument(
+        "--start",
+        metavar="DIR",
+        default="build/start",
+        help=f"folder of tbps-train-tiny's start weights, trained there if they are absent; {RANDOM}: random weights "
+        "(default: %(default)s)",
+    )
+
+
+def start_weights(name: str, start: str) -> Path | None:
+    """The folder of a start weight, trained now if it is not there; None for random weights.
 
     Args:
-        names: of the models.
-        folder: of `--start`.
+        name: of `tbps-train-tiny`.
+        start: what `--start` says.
+
+    Raises:
+        StepFailed: the training did not return 0.
     """
+    if start == RANDOM:
+        return None
     from tbps_world.cli import train_tiny_main
 
-    call("tbps-train-tiny", train_tiny_main, [*names, "--out", folder])
-    return [Path(folder).resolve() / name for name in names]
+    call("tbps-train-tiny", train_tiny_main, [name, "--out", start])
+    return Path(start).resolve() / name
+
+
+def link_start(name: str, start: str, place: Path) -> None:
+    """Let `place`, where a paper's command looks for a model, be a link to a start weight; as `start_weights`."""
+    folder = start_weights(name, start)
+    if folder is None:
+        raise ValueError(f"there is no folder of random weights to link {place} to")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(folder)
 
 
 def run_child(

@@ -16,7 +16,7 @@ from typing import Any
 from tbps_common.files import write_json
 from tbps_common.pipeline.stages import manifest_path
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
-from tbps_world.toys.fafa import COLUMNS, LEARNING_FLAGS, MODEL_NAME, README_FLAGS
+from tbps_world.toys.fafa import COLUMNS, LEARNING_FLAGS, MODEL_NAME, RANDOM_FLAGS, README_FLAGS
 
 DESCRIPTION = """\
 From scratch to a trained FAFA with tiny models, on the CPU:
@@ -169,6 +169,8 @@ def train_arguments(out: Path, epochs: int, device: str) -> list[str]:
         *("--backbone", str(out / "fafa" / "tiny.yaml"), "--exp-name", "syncpr", "--output-dir", str(out / "runs")),
         *("--num-epochs", str(epochs)),
         *LEARNING_FLAGS,
+        *RANDOM_FLAGS,
+        *("--seed", "0"),
         *("--device", device),
     ]
 
