@@ -11,8 +11,8 @@ from typing import Any
 
 from cmlfa.datasets import CUHKPEDES, ImageTextMLMDataset, TextDataset
 from cmlfa.datasets import items as items_module
-from tbps_common.bench.annotation import compare_readers, write_cuhk
 from tbps_common.run.command import command
+from tbps_world.bench.annotation import compare_readers, write_cuhk
 
 items_module.read_image = lambda path: None  # items without their image; `None` is what the transform would give
 

@@ -13,7 +13,7 @@ from cmlfa.convert import encoders
 from cmlfa.datasets import build_dataloader
 from cmlfa.datasets.annotations import read_annotations
 from cmlfa.options import Options
-from tbps_common.bench.encoders import compare_encoders
+from tbps_world.bench.encoders import compare_encoders
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,8 +19,8 @@ from cmlfa.datasets import build_transforms
 from cmlfa.datasets.items import ImageTextMLMDataset
 from cmlfa.datasets.tokenizer import mask_tokens
 from cmlfa.datasets.transforms import MEAN, PADDING, STD
-from tbps_common.bench.loading import compare_loading
 from tbps_common.run.command import command
+from tbps_world.bench.loading import compare_loading
 
 SIZE = (384, 128)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from diana.data.training import build_training_dataset
-from tbps_common.bench.annotation import compare_readers, write_mals
 from tbps_common.datasets.mals import SHARDS
 from tbps_common.run.command import command
+from tbps_world.bench.annotation import compare_readers, write_mals
 from tbps_world.tiny.diana import tiny_tokenizer
 
 

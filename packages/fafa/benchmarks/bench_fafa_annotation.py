@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fafa.data import SynCPRDataset
-from tbps_common.bench.annotation import compare_readers, write_syncpr
 from tbps_common.datasets import load_syncpr
 from tbps_common.run.command import command
+from tbps_world.bench.annotation import compare_readers, write_syncpr
 
 
 class WithoutImages(SynCPRDataset):

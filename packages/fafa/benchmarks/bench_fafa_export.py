@@ -19,8 +19,8 @@ from fafa.model.fafa import Blip2FAFACPR
 from fafa.processors import BlipCaptionProcessor
 from fafa.run_directory import read_run
 from fafa.transforms import build_transforms
-from tbps_common.bench.encoders import compare_encoders
 from tbps_common.datasets import ITCPR
+from tbps_world.bench.encoders import compare_encoders
 
 
 def main(argv: list[str] | None = None) -> int:

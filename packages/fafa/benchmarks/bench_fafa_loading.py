@@ -23,9 +23,9 @@ from torchvision.transforms import RandomCrop as AnyRandomCrop
 
 from fafa.data import SynCPRDataset, collate_fn
 from fafa.transforms import MEAN, PERSON_SIZE, STD, SquarePad, squarepad_transform_train
-from tbps_common.bench.loading import compare_loading
 from tbps_common.datasets import SynCPRRecord
 from tbps_common.run.command import command
+from tbps_world.bench.loading import compare_loading
 
 SIDE = 224
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mra.data import PretrainDataset
-from tbps_common.bench.annotation import compare_readers, write_sda
 from tbps_common.datasets.sda import SHARDS
 from tbps_common.run.command import command
+from tbps_world.bench.annotation import compare_readers, write_sda
 
 CONFIG: dict[str, Any] = {"h": 224, "w": 224, "patch_size": 32, "max_words": 56}
 

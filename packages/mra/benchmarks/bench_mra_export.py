@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from mra.convert import encoders
 from mra.data import RetrievalTestDataset
 from mra.text import build_tokenizer, tokenize
-from tbps_common.bench.encoders import compare_encoders
+from tbps_world.bench.encoders import compare_encoders
 
 
 def main(argv: list[str] | None = None) -> int:

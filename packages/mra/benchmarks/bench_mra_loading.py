@@ -18,10 +18,10 @@ from mra.data.loader import TrainingItems
 from mra.data.transforms import MEAN, STD, RandomErasing
 from mra.text.augmentation import pre_caption
 from mra.text.tokens import TextMaskingGenerator, build_tokenizer, mlm_batch
-from tbps_common.bench.annotation import vocabulary
-from tbps_common.bench.loading import compare_loading
 from tbps_common.datasets import ProcessedTrain
 from tbps_common.run.command import command
+from tbps_world.bench.annotation import vocabulary
+from tbps_world.bench.loading import compare_loading
 
 SIZE = (384, 128)
 CONFIG: dict[str, Any] = {

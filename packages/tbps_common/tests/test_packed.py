@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from torch.utils.data import ConcatDataset, DataLoader
 
-from tbps_common.bench.annotation import in_fresh_process, write_mals, write_sda, write_syncpr
 from tbps_common.datasets import load_mals, load_sda, load_syncpr
 from tbps_common.errors import DatasetError
 from tbps_common.packed import PackedNumbers, PackedStrings
+from tbps_world.bench.annotation import in_fresh_process, write_mals, write_sda, write_syncpr
 
 STRINGS = ["a", "", "gr\u00fc\u00df", "\u9752\u3044", "a much longer string", ""]
 

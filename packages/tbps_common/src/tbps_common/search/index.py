@@ -209,11 +209,21 @@ def update_gallery(
                 f"{strange[0]}",
                 file=sys.stderr,
             )
-    with explained(out):
-        gallery.table.checkout_latest()
-        gallery.table.optimize(cleanup_older_than=timedelta(hours=1))
+    _tidy_up(gallery)
     counts.total = len(gallery)
     return counts
+
+
+def _tidy_up(gallery: Gallery) -> None:
+    """Join small files, add new rows to the index, drop old versions; while another process writes, that is left to it."""
+    with explained(gallery.path):
+        gallery.table.checkout_latest()
+        try:
+            gallery.table.optimize(cleanup_older_than=timedelta(hours=1))
+        except RuntimeError as error:
+            if "concurrent transaction" not in str(error):
+                raise
+            gallery.table.checkout_latest()
 
 
 def _add_persons(

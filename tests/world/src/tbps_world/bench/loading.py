@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tbps_common.bench.annotation import vocabulary
 from tbps_common.bench.timer import measure
 from tbps_common.files import write_json
 from tbps_common.run.arguments import whole_number
+from tbps_world.bench.annotation import vocabulary
 
 PICTURES = 64
 
