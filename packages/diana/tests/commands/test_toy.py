@@ -12,7 +12,7 @@ from diana.data import PROMPT_POOL, SYSTEM_PROMPT
 from diana.options import parse_train_flags
 from diana.tokenizer import load_tokenizer
 from tbps_world.cli import diana_tiny_main, diana_toy_main
-from tbps_world.toys.diana import chance_r1, environment, stage_flags
+from tbps_world.toys.diana import TAUGHT, chance_r1, environment, stage_flags
 
 
 def test_the_tiny_tokenizer_has_llama_3s_layout(tiny: Path) -> None:
@@ -71,7 +71,7 @@ def test_toy_appends_to_the_released_flags(
     stage: str, tmp_path: Path, script_words: Callable[..., list[str]], script_environment: dict[str, str]
 ) -> None:
     variables = {**script_environment, **environment(tmp_path, stage, tmp_path / "tiny")}
-    words = script_words(f"{stage}.sh", variables, *stage_flags(stage, 5, 3))
+    words = script_words(f"{stage}.sh", variables, *stage_flags(stage, TAUGHT, 3))
     args, rest = parse_train_flags(words[words.index("main/train/train.py") + 1 :])
     assert args.force_image_size == [128, 64]
     assert args.overwrite_output_dir is False

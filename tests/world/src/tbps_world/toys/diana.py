@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ SIZE_FLAGS = (
 # The released rates are for towers of 1.3 billion parameters.
 LEARNING_FLAGS = (
     *("--learning_rate", "1e-3"),
-    *("--warmup_steps", "100"),
     *("--enable_sdm", "False"),
     *("--mask_probability", "0"),
     *("--drop_path_rate", "0"),
@@ -54,8 +53,8 @@ STAGE_FLAGS = {
     "pretrain": ("--lr_scheduler_type", "constant_with_warmup"),
     "finetune": ("--save_total_limit", "1"),
 }
-# From start weights, and from random ones.
-EPOCHS = {"pretrain": (5, 22), "finetune": (9, 26)}
+# Of both stages: epochs, and steps until the learning rate is reached; from start weights and from random ones.
+TAUGHT, UNTAUGHT = {"pretrain": 5, "finetune": 9, "warmup": 30}, {"pretrain": 22, "finetune": 26, "warmup": 100}
 BATCH_SIZE = 32
 MOST_THREADS = 4
 TURNS = ("1", "2", "3", "4", "5")
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> int:
                 call("diana-make-tiny", diana_tiny_main, ["--out", str(towers), *TINY_FLAGS])
         for stage, steps in (("pretrain", flags.pretrain_steps), ("finetune", flags.finetune_steps)):
             if not (out / stage / "model.safetensors").is_file():
-                appended = stage_flags(stage, EPOCHS[stage][0 if taught else 1], steps)
+                appended = stage_flags(stage, TAUGHT if taught else UNTAUGHT, steps)
                 appended += ["--seed", str(flags.seed), "--enable_refiner", str(not flags.no_refiner)]
                 _script(layout, stage, environment(out, stage, towers), appended)
         _script(
@@ -114,13 +113,14 @@ def environment(out: Path, stage: str, towers: Path) -> dict[str, str]:
     }
 
 
-def stage_flags(stage: str, epochs: int, steps: int | None) -> list[str]:
-    """What is appended to a training script; `steps` ends it sooner."""
+def stage_flags(stage: str, schedule: Mapping[str, int], steps: int | None) -> list[str]:
+    """What is appended to a training script: `schedule` is `TAUGHT` or `UNTAUGHT`, and `steps` ends it sooner."""
     return [
         *SIZE_FLAGS,
         *LEARNING_FLAGS,
         *STAGE_FLAGS[stage],
-        *("--num_train_epochs", str(epochs)),
+        *("--num_train_epochs", str(schedule[stage])),
+        *("--warmup_steps", str(schedule["warmup"])),
         *(("--max_steps", str(steps)) if steps else ()),
         # A stopped toy goes on from its last checkpoint.
         *("--overwrite_output_dir", "False"),
