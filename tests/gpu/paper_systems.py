@@ -61,7 +61,6 @@ from fafa.processors import BlipCaptionProcessor
 from fafa.train import training_step as fafa_step
 from mra import Retrieval, create_optimizer, load_config
 from mra.data.loader import TrainingItems
-from mra.data.loader import collate as collate_mra
 from mra.model.settings import PACKAGE
 from mra.optimizer import Schedule
 from mra.retrieval.encode import encode_images, encode_texts
@@ -214,7 +213,7 @@ def train_fafa(model: Blip2FAFACPR, at: Place) -> Run:
     size = model.settings.image_size
 
     def run() -> None:
-        image = pictures(1, size, size)[0]
+        image = (255 * pictures(1, size, size)[0]).to(torch.uint8)
         items = [(image, image, "1 2 3 " * 6, number) for number in range(at.count)]
         images, targets, captions, groups = collate_triplets(items)
         samples = {
@@ -233,7 +232,7 @@ def train_fafa(model: Blip2FAFACPR, at: Place) -> Run:
 
 def encode_fafa(model: Blip2FAFACPR, at: Place) -> Run:
     size = model.settings.image_size
-    images = [(number, pictures(1, size, size)[0]) for number in range(at.count)]
+    images = [(number, (255 * pictures(1, size, size)[0]).to(torch.uint8)) for number in range(at.count)]
     extractor = Extractor(model, BlipCaptionProcessor(), batch_size=at.count, num_workers=0)
 
     def run() -> None:
@@ -477,7 +476,7 @@ def train_mra(task: str) -> Callable[[Retrieval, Place], Run]:
             items = TrainingItems(pairs, build_tokenizer(folder), config)
 
         def run() -> None:
-            batch = mra_to_device(collate_mra([items[number] for number in range(at.count)]), at.device)
+            batch = mra_to_device(items.collate([items[number] for number in range(at.count)]), at.device)
             losses, _ = mra_step(model, batch, weight, optimizer, precision)
             schedule.set_rates(1)
             meters.update(losses)

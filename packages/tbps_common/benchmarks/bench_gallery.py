@@ -26,7 +26,8 @@ from torch.nn.functional import normalize
 
 from tbps_common.bench.timer import measure
 from tbps_common.search.ann import build_index
-from tbps_common.search.gallery import create_gallery, list_galleries, merge, rank
+from tbps_common.search.gallery import create_gallery, list_galleries, merge
+from tbps_common.search.rank import rank
 from tbps_common.search.retriever import Feature, Retriever
 
 BLOCK = 4096  # as many pictures as tbps-index commits at once

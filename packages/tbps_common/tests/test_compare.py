@@ -12,16 +12,15 @@ from torch import Tensor
 
 from tbps_common.errors import InputError
 from tbps_common.search.compare import (
-    Asked,
     Way,
     answers_of,
     asker_of,
     bootstrap,
     evaluate,
-    read_queries,
     ways_to_ask,
 )
 from tbps_common.search.index import list_pictures, update_gallery
+from tbps_common.search.queries import Asked, read_queries
 from tbps_common.search.retriever import Feature, Features, Query, Retriever
 
 PICTURES, WIDTH = 40, 16

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from tbps_common.errors import CheckpointError, InputError
 from tbps_common.files import new_run_folder
 from tbps_common.run.checkpoint import load_checkpoint_file
+from tbps_common.run.device import allow_tf32
 from tbps_common.run.distributed import Ranks, gather_rows
 from tbps_common.run.meters import Meters
 from tbps_common.run.precision import StepPrecision
@@ -200,3 +203,33 @@ def test_two_runs_within_a_second_get_folders_of_their_own(tmp_path: Path) -> No
     first, second = (new_run_folder(tmp_path / "runs", "%Y%m%d_%H%M%S", "baseline") for _ in range(2))
     assert first != second
     assert sorted(tmp_path.glob("runs/*_baseline")) == sorted([first, second])
+
+
+def test_a_run_counts_the_time_it_waits_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def loader() -> Iterator[int]:
+        for batch in range(3):
+            now[0] += 3
+            yield batch
+
+    monkeypatch.setattr("tbps_common.run.session.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with training_run("a.logger", device="cpu") as run:
+        for _ in range(2):  # every loop counts anew
+            for _ in run.load(loader()):
+                now[0] += 1
+            assert run.waiting.seconds == 9
+            assert run.waiting.share == 0.75
+
+
+def test_tf32_is_allowed_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = SimpleNamespace(fp32_precision="ieee")
+    monkeypatch.setattr("torch.backends.cuda.matmul", products)
+    allow_tf32(False)
+    assert products.fp32_precision == "ieee"
+    allow_tf32(True)
+    assert products.fp32_precision == "tf32"
+    old = SimpleNamespace(allow_tf32=False)  # before torch 2.9
+    monkeypatch.setattr("torch.backends.cuda.matmul", old)
+    allow_tf32(True)
+    assert old.allow_tf32

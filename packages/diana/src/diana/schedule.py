@@ -3,6 +3,7 @@ for it."""
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -91,7 +92,9 @@ def follow_deepspeed_file(words: list[str], ranks: Ranks, *, cpu: bool) -> tuple
     words, path = take_flag(words, "deepspeed")
     if not path:
         return words, DeepSpeedFile(), False
-    if not cpu and ranks.distributed and find_spec("deepspeed") is not None:
+    # DeepSpeed itself computes on a CPU where its variable says so.
+    placed = not cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if placed and ranks.distributed and find_spec("deepspeed") is not None:
         return [*words, "--deepspeed", path], DeepSpeedFile(), True
     if ranks.is_main:
         reason = "one process" if not ranks.distributed else "no GPU" if cpu else "DeepSpeed is not installed"

@@ -23,7 +23,7 @@ from diana.search_options import MEAN, STD
 from tbps_common.errors import InputError
 from tbps_common.run.device import choose_device
 from tbps_common.search.commands import run_index
-from tbps_common.search.gallery import scores_of
+from tbps_common.search.rank import scores_of
 from tbps_common.search.retriever import Feature, Features, Query, Retriever, Round
 
 # Of a weight file: enough to tell two trainings apart, few enough that a chat starts at once.

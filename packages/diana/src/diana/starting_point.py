@@ -101,13 +101,17 @@ def build_config(options: TrainOptions, source: str | Path, pad_token_id: int | 
     return config
 
 
-def build_model(options: TrainOptions, checkpoint: Path | None, pad_token_id: int | None) -> DiaNAModel:
+def build_model(
+    options: TrainOptions, checkpoint: Path | None, pad_token_id: int | None, *, scalars: bool = True
+) -> DiaNAModel:
     """The model with float32 weights, as training starts or goes on.
 
     Args:
         options: flags of `parse_train_flags`.
         checkpoint: of this run, to go on from.
         pad_token_id: of the tokenizer.
+        scalars: False: the temperature is a vector of one number, because DeepSpeed 0.19 sends parameters as bytes, and a
+            scalar cannot be seen as bytes.
 
     Raises:
         InputError: weights or configuration cannot be used.
@@ -121,6 +125,8 @@ def build_model(options: TrainOptions, checkpoint: Path | None, pad_token_id: in
     else:
         assert options.vision_pretrained and options.llama_pretrained  # diana.preflight
         model = DiaNAModel.from_backbones(config, options.vision_pretrained, options.llama_pretrained)
+    if not scalars:
+        model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
     freeze(model, options)
     adapters = config.use_llama_lora
     if options.use_llama_lora and not (checkpoint and adapters == options.use_llama_lora):

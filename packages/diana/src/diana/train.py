@@ -129,7 +129,7 @@ def train(options: TrainOptions, words: list[str]) -> int:
         say(f"There are {dataset.num_images} images.")
         say(f"There are {dataset.num_ids} ids.")
         say(f"There are {dataset.num_captions} captions.")
-        model = build_model(options, checkpoint, tokenizer.pad_token_id)
+        model = build_model(options, checkpoint, tokenizer.pad_token_id, scalars=not partitioned)
         check_vocabulary(tokenizer, model.llama_tower.config.vocab_size, tokenizer_source)
         model.set_gradient_checkpointing(use_checkpointing(options.grad_checkpointing, args.device))
         for sentence in size_sentences(model):
@@ -381,6 +381,7 @@ class DianaTrainer(Trainer):
         """Weights, config.json and tokenizer in the released layout, which `diana.load_diana` reads."""
         state: Any = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
+            state["logit_scale"] = state["logit_scale"].reshape(())
             folder.mkdir(parents=True, exist_ok=True)
             self._tokenizer.save_pretrained(str(folder))
             model: Any = self.model

@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,62 @@ def test_two_processes_agree_with_one(
         assert torch.allclose(left[name], right[name], atol=1e-5), name
     states = sorted(path.name for path in (tmp_path / "two" / "checkpoint-6").glob("rng_state*"))
     assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+@pytest.fixture(scope="module")
+def pair(
+    script_environment: dict[str, str], sizes: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`pair(name, *flags, **variables)`: the folder of a fine-tuning by two CPU processes of the released script."""
+    folder = tmp_path_factory.mktemp("pairs")
+    alone = {**script_environment, "CPU_PROCESSES": "1", "OUTPUT_DIR": str(folder / "start")}
+    started = run_script("pretrain.sh", alone, *sizes, "--max_steps", "1", "--save_strategy", "no")
+    assert started.returncode == 0, started.stderr
+
+    def run(name: str, *flags: str, **variables: str) -> Path:
+        more = ["--max_steps", "4", "--drop_path_rate", "0", "--optim", "sgd", "--learning_rate", "1e-2"]
+        more += ["--warmup_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", *flags]
+        environment = {**script_environment, "CPU_PROCESSES": "2", "MASTER_PORT": "34921", **variables}
+        places = {"OUTPUT_DIR": str(folder / name), "PRETRAINED": str(folder / "start")}
+        done = run_script("finetune.sh", environment, *sizes, *more, **places)
+        assert done.returncode == 0, done.stderr
+        assert ("computing on the CPU in DeepSpeed" in done.stdout) == ("DS_ACCELERATOR" in variables), done.stdout
+        return folder / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unsharded(pair: Callable[..., Path]) -> Path:
+    """The run whose weights lie whole on both processes, its schedule computed here."""
+    return pair("unsharded")
+
+
+def assert_agree(one: Path, two: Path, *, rates_ahead: int = 0) -> None:
+    """The same losses, rates and weights; the second log is `rates_ahead` steps ahead with the rates it shows."""
+    left, right = ([json.loads(line) for line in _log(folder)] for folder in (one, two))
+    for mine, theirs in zip(left, right, strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) <= 1e-4 * abs(mine["loss"])
+    for mine, theirs in zip(left[rates_ahead:], right):
+        assert mine["learning_rate"] == pytest.approx(theirs["learning_rate"])
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].shape == right[name].shape, name
+        assert torch.allclose(left[name], right[name], atol=1e-5), name
+
+
+@slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install 'packages/diana[deepspeed]'")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_shards_and_trains_the_same(stage: int, pair: Callable[..., Path], unsharded: Path) -> None:
+    flags = ["--deepspeed", f"zero_stage{stage}_config.json"]
+    assert_agree(unsharded, pair(f"zero{stage}", *flags, DS_ACCELERATOR="cpu"), rates_ahead=1)
+
+
+@slow
+def test_fsdp_shards_and_trains_the_same(pair: Callable[..., Path], unsharded: Path) -> None:
+    assert_agree(unsharded, pair("fsdp", "--fsdp", "full_shard"))
 
 
 def _start(folder: Path, train_flags: Flags) -> list[str]:

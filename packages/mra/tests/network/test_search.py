@@ -44,7 +44,7 @@ def trained(
 
 @torch.no_grad()
 def by_hand(
-    net: Any, config: dict[str, Any], split: Path, paths: list[Path], k: int
+    net: Any, config: dict[str, Any], split: Path, paths: list[Path], k: int, score_world: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarities and final scores `[1, G]` of the images."""
     transform = build_transforms(config)["test"]
@@ -53,7 +53,7 @@ def by_hand(
     ids, atts = tokenize(build_tokenizer(split / "bert"), [SENTENCE], config["max_tokens"])
     text, text_feats = encode_texts(net, ids, atts)
     sims = text_feats @ ((feats + hfeats) / 2).t()
-    return sims, itm_rerank(net, sims, embeds, text, atts, k, hembeds)
+    return sims, itm_rerank(net, sims, embeds, text, atts, k, hembeds, score_world)
 
 
 def test_ranking_equals_scores_computed_by_hand(
@@ -78,6 +78,18 @@ def test_ranking_equals_scores_computed_by_hand(
         with Image.open(picture) as drawn:
             assert drawn.size[0] > 500
         picture.unlink()
+
+    # The weight that a configuration has for the similarity; score_world 1 is the paper's formula.
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    content["config"]["score_world"] = 16
+    torch.save(content, tmp_path / "model.pth")
+    search = ["--index", gallery, "--text", SENTENCE, "--output", str(picture), "--topk", "7", "--rerank", "7"]
+    assert search_main([*flags, *search]) == 0
+    weighted = by_hand(net, config("cuhk"), split, paths, 7, score_world=16)[1][0]
+    values, order = weighted.sort(descending=True, stable=True)
+    found = ranked(capsys.readouterr().out)
+    assert [path for path, _ in found] == [str(paths[place]) for place in order]
+    assert [score for _, score in found] == pytest.approx(values.tolist(), abs=1e-3)
 
     # New images are added to the gallery, and another model's gallery is refused.
     shutil.copy(split / "images" / "20.png", photos)

@@ -1,9 +1,10 @@
 """Training batches: items with their token ids and masks, made in the loader processes."""
 
-from typing import Any
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mra.data.datasets import FinetuneDataset, PretrainDataset
@@ -16,8 +17,22 @@ from tbps_common.run.distributed import Ranks
 from tbps_common.run.randomness import seed_worker
 
 
-class TrainingItems(Dataset[dict[str, Tensor]]):
-    """Items as keyword arguments of the model: pictures, token ids, masked token ids, labels.
+class Item(NamedTuple):
+    """What is read of one sample.
+
+    Attributes:
+        values: picture and numbers, as keyword arguments of the model.
+        texts: the caption; then, where the task has them, its augmented form and the region's phrase.
+        rng: state of Python's generator after the item's draws, with which the caption is masked.
+    """
+
+    values: dict[str, Any]
+    texts: list[str]
+    rng: tuple[Any, ...]
+
+
+class TrainingItems(Dataset[Item]):
+    """Pictures and texts, and their batches as keyword arguments of the model: token ids, masked token ids, labels.
 
     Args:
         dataset: `PretrainDataset` or `FinetuneDataset`.
@@ -41,34 +56,34 @@ class TrainingItems(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Item:
         image, caption, augmented, box_atts, phrase, label, idx = self.dataset[index]
         texts = [caption, *([augmented] if self.eda else []), *([phrase] if self.region else [])]
-        ids, atts = tokenize(self.tokenizer, texts, self.max_tokens)
-        masked, positions, hidden = mlm_batch(ids[:1], self.masking, self.max_masks)
-        item = {
-            "image": image,
-            "text_ids": ids[0],
-            "text_atts": atts[0],
-            "text_ids_masked": masked[0],
-            "masked_pos": positions[0],
-            "masked_ids": hidden[0],
-            "idx": torch.tensor(idx),
-        }
-        if self.eda:
-            item |= {"text_ids_eda": ids[1], "text_atts_eda": atts[1]}
-        if self.region:
-            item |= {"text_ids_box": ids[-1], "text_atts_box": atts[-1], "box_atts": box_atts}
-            item["label"] = torch.tensor(label)
-        return item
+        values = {"image": image, "idx": idx, **({"box_atts": box_atts, "label": label} if self.region else {})}
+        return Item(values, texts, random.getstate())
 
+    def collate(self, items: list[Item]) -> dict[str, Any]:
+        """A batch: all texts tokenised at once; `lengths` are those of its longest ones (`Retrieval.forward`)."""
+        batch = default_collate([item.values for item in items])
+        tokens = tokenize(self.tokenizer, [text for item in items for text in item.texts], self.max_tokens)
+        # [items, texts of an item, tokens], by text.
+        ids, atts = ([*numbers.view(len(items), -1, self.max_tokens).transpose(0, 1)] for numbers in tokens)
+        states = iter(items)
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch: the items' tensors stacked, and `lengths`, those of its longest texts (`Retrieval.forward`)."""
-    batch = default_collate(items)
-    masks = {"main": "text_atts", "eda": "text_atts_eda", "region": "text_atts_box"}
-    present = {view: batch[name] for view, name in masks.items() if name in batch}
-    return {**batch, "lengths": dict(zip(present, longest_texts(list(present.values()))))}
+        def mask(row: Sequence[int]) -> tuple[list[int], list[int]]:
+            random.setstate(next(states).rng)
+            return self.masking(row)
+
+        before = random.getstate()
+        try:
+            masked, positions, hidden = mlm_batch(ids[0], mask, self.max_masks)
+        finally:
+            random.setstate(before)
+        batch |= {"text_ids_masked": masked, "masked_pos": positions, "masked_ids": hidden}
+        views = {"main": "", **({"eda": "_eda"} if self.eda else {}), **({"region": "_box"} if self.region else {})}
+        for suffix, view_ids, view_atts in zip(views.values(), ids, atts):
+            batch |= {f"text_ids{suffix}": view_ids.contiguous(), f"text_atts{suffix}": view_atts.contiguous()}
+        return {**batch, "lengths": dict(zip(views, longest_texts(atts)))}
 
 
 def training_dataset(
@@ -101,10 +116,11 @@ def training_loader(
     batches = EpochBatches(
         len(dataset), config["batch_size_train"], seed=seed, rank=ranks.rank, world_size=ranks.world_size
     )
+    items = TrainingItems(dataset, tokenizer, config)
     loader = DataLoader(
-        SeededItems(TrainingItems(dataset, tokenizer, config), replaced),
+        SeededItems(items, replaced),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=items.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,12 +142,14 @@ class TextMaskingGenerator:
         return start, stop
 
 
-def mlm_batch(ids: Tensor, generator: TextMaskingGenerator, max_masks: int) -> tuple[Tensor, Tensor, Tensor]:
+def mlm_batch(
+    ids: Tensor, generator: Callable[[Sequence[int]], tuple[list[int], list[int]]], max_masks: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mask a batch of captions, one after the other.
 
     Args:
         ids: `[B, T]` padded token ids.
-        generator: masks one caption.
+        generator: masks one caption, as `TextMaskingGenerator` does.
         max_masks: M, at least the generator's `mask_max`.
 
     Returns:

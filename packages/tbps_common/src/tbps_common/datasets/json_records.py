@@ -12,6 +12,7 @@ import posixpath
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -127,6 +128,18 @@ class Block:
         return values, set(map(type, values))
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Pause cyclic garbage collection: it would walk all that was read so far again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iterator["Record"]:
     """Yield the objects of a JSON list one by one; arguments and errors as for `iter_blocks`."""
     for block in iter_blocks(path, texts):
@@ -136,8 +149,6 @@ def iter_records(path: str | os.PathLike[str], texts: str | None = None) -> Iter
 def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Iterator[Block]:
     """Yield the objects of a JSON list, some thousand at a time, so that a million of them are never held as a whole.
 
-    Cyclic garbage collection is paused meanwhile: it would walk all that was read so far again and again.
-
     Args:
         path: of the file.
         texts: key of a string, or of a list of strings; how many of them are empty is logged after the last record.
@@ -146,9 +157,7 @@ def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Itera
         DatasetError: as `read_json`, or the file is not a list of objects; names the file and the record.
     """
     file, number, place, empty = os.fspath(path), 0, 0, 0
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collection():
         with _open(path) as stream:
             for records, after in _read_quickly(stream):
                 yield (block := Block(records, file, number))
@@ -161,9 +170,6 @@ def iter_blocks(path: str | os.PathLike[str], texts: str | None = None) -> Itera
                 empty += block.empty(texts) if texts else 0
         if empty:
             logger.warning("%s: %d empty captions", file, empty)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _read_quickly(stream: BinaryIO) -> Iterator[tuple[list[dict[str, Any]], int]]:

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from typing import Any, ClassVar
 
-from tbps_common.datasets.json_records import Folder, Record, iter_records
+from tbps_common.datasets.json_records import Folder, Record, iter_records, without_collection
 from tbps_common.datasets.table import log_table
 from tbps_common.errors import DatasetError
 
@@ -49,13 +49,14 @@ class RawDataset:
         self.dataset_dir = os.path.join(os.fspath(root), self.name)
         self.img_dir = os.path.join(self.dataset_dir, "imgs")
         self.anno_path = self._find_annotation_file(os.fspath(root))
-        self._read_records()
-        self.train, self.train_id_container = self._training_samples()
-        self.test, self.test_id_container = self._evaluation_split(self._test)
-        self.val, self.val_id_container = self._evaluation_split(self._val)
-        self.train_annos = [record.fields for record in self._train]
-        self.test_annos = [record.fields for record in self._test]
-        self.val_annos = [record.fields for record in self._val]
+        with without_collection():
+            self._read_records()
+            self.train, self.train_id_container = self._training_samples()
+            self.test, self.test_id_container = self._evaluation_split(self._test)
+            self.val, self.val_id_container = self._evaluation_split(self._val)
+            self.train_annos = [record.fields for record in self._train]
+            self.test_annos = [record.fields for record in self._test]
+            self.val_annos = [record.fields for record in self._val]
         del self._train, self._test, self._val
         if verbose:
             log_table(self.name, ("subset", "ids", "images", "captions"), self.sizes())

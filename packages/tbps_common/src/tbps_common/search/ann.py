@@ -8,7 +8,8 @@ import torch
 from lancedb.index import IvfPq, IvfSq
 
 from tbps_common.errors import InputError
-from tbps_common.search.gallery import Gallery, ann_column, explained, hits_of, rank
+from tbps_common.search.gallery import Gallery, explained, hits_of
+from tbps_common.search.rank import ann_column, rank
 from tbps_common.search.retriever import Features, Query, Retriever, encode_queries
 from tbps_common.search.search import picture_of
 

@@ -1,7 +1,6 @@
 """What `tbps-index`, `tbps-search` and the papers' own commands do once their flags are parsed."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from tbps_common.errors import DatasetError, InputError
+from tbps_common.errors import DatasetError
 from tbps_common.files import write_json
 from tbps_common.images import SUFFIXES, read_image
 from tbps_common.report.pictures import Hit as Drawn
@@ -21,7 +20,8 @@ from tbps_common.search.erase import erase
 from tbps_common.search.gallery import Hit, list_galleries, move_root, open_gallery
 from tbps_common.search.index import Counts, list_pictures, update_gallery
 from tbps_common.search.metadata import read_metadata
-from tbps_common.search.retriever import Query, Retriever, Round, open_retriever
+from tbps_common.search.queries import read_dialogue
+from tbps_common.search.retriever import Query, Retriever, open_retriever
 from tbps_common.search.search import picture_of
 from tbps_common.search.search import search as ask
 
@@ -136,11 +136,10 @@ def run_search(flags: argparse.Namespace, open_model: Callable[[], Retriever], q
 def print_hits(hits: Sequence[Hit]) -> None:
     """A line for each hit: rank, score, file, frame and box, metadata."""
     for rank, hit in enumerate(hits, start=1):
-        path = hit.path.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files need not be Unicode
         more = [f"frame {hit.frame}"] if hit.frame is not None else []
         more += ["box " + ",".join(map(str, hit.box))] if hit.box is not None else []
         more += [f"{name} {value}" for name, value in hit.data.items() if value is not None]
-        print("  ".join([f"{rank:3d}", f"{hit.score:7.4f}", path, *more]))
+        print("  ".join([f"{rank:3d}", f"{hit.score:7.4f}", hit.shown_path, *more]))
 
 
 def draw_hits(file: str | Path, query: Query, hits: Sequence[Hit]) -> None:
@@ -161,35 +160,9 @@ def _shown(hit: Hit) -> Image.Image | str:
 def as_record(hit: Hit) -> dict[str, Any]:
     """A hit as JSON has it; times in ISO 8601."""
     record = asdict(hit)
-    record["path"] = hit.path.encode("utf-8", "backslashreplace").decode("utf-8")
+    record["path"] = hit.shown_path
     plain = (str, int, float, type(None))
     record["data"] = {
         name: value if isinstance(value, plain) else value.isoformat() for name, value in hit.data.items()
     }
     return record
-
-
-def read_dialogue(file: str) -> list[Round]:
-    """Rounds of a dialogue, as diana-chat writes them.
-
-    Raises:
-        InputError: the file holds no dialogue.
-    """
-    try:
-        rounds = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--dialogue {file} cannot be read as a dialogue ({error})") from error
-    if not is_dialogue(rounds):
-        raise InputError(f"--dialogue {file} must be a list of rounds, each a list of messages with 'from' and 'value'")
-    return list(rounds)
-
-
-def is_dialogue(rounds: Any) -> bool:
-    """Whether something is a list of rounds, each a list of messages with `from` and `value`."""
-    try:
-        return bool(rounds) and all(
-            round and all(isinstance(one["from"], str) and isinstance(one["value"], str) for one in round)
-            for round in rounds
-        )
-    except (TypeError, KeyError):
-        return False

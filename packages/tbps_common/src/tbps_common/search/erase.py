@@ -10,15 +10,8 @@ import pyarrow as pa
 
 from tbps_common.errors import InputError
 from tbps_common.search.ann import SMALLEST, build_index
-from tbps_common.search.gallery import (
-    Gallery,
-    check_filter,
-    connect,
-    explained,
-    has_index,
-    list_galleries,
-    quoted,
-)
+from tbps_common.search.gallery import Gallery, check_filter, connect, explained, list_galleries, quoted
+from tbps_common.search.rank import has_index
 
 
 def erase(path: str | os.PathLike[str], files: Sequence[str], where: str | None, *, from_disk: bool = False) -> int:

@@ -9,7 +9,8 @@ from PIL import Image
 from tbps_common.errors import InputError
 from tbps_common.images import read_image
 from tbps_common.search.detect import video_frame
-from tbps_common.search.gallery import Gallery, Hit, hits_of, rank, read_rows
+from tbps_common.search.gallery import Gallery, Hit, hits_of, read_rows
+from tbps_common.search.rank import rank
 from tbps_common.search.retriever import Query, Retriever, Round, encode_queries
 
 # How many pictures a conversation keeps in mind when it chooses the next question.

@@ -1,5 +1,6 @@
 """Start weight `captioner`: a small BLIP-2 with T5 that says what the persons of the world wear, for `mra-dad caption`."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,23 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from mra.dad.caption import clean
 from mra.dad.options import CAPTION_PROMPT
 from tbps_common.pipeline.models import quiet_libraries
+from tbps_world.pretrain.attributes import Album, album, teach_attributes
 from tbps_world.pretrain.diffusion import fit
-from tbps_world.pretrain.people import Shot, shots, start_people
 from tbps_world.synth.lexicon import lexicon
 from tbps_world.synth.vocabulary import SYNONYMS
 from tbps_world.tiny.dad import tokenizer
 from tbps_world.tiny.mra import make_vocabulary
 
-PEOPLE, LEFT_ASIDE = 800, 40
+PEOPLE, MEASURED = 500, 80
 SIDE, WIDTH, QUERIES = 64, 64, 8
-STEPS, BATCH = 700, 16
+STEPS, BATCH = 500, 16
+_ATTRIBUTES_SHARE = 0.7
+"""Steps that the image encoder learns alone, as a share of those of captions: else words come long before colours."""
 
 
 def train(folder: Path, *, seed: int = 0, steps: int | None = None) -> dict[str, float]:
@@ -32,31 +36,38 @@ def train(folder: Path, *, seed: int = 0, steps: int | None = None) -> dict[str,
         steps: updates.
 
     Returns:
-        On persons left aside: share of the garments named with a colour that is the right one, and how many of both
-        garments are named with one.
+        On persons left aside, in percent: attributes that the image encoder tells right after its own training, garments
+        whose colour a caption tells right, and garments for which it names a colour.
     """
-    people = start_people(PEOPLE + LEFT_ASIDE)
-    known, unseen = list(shots(people[LEFT_ASIDE:])), list(shots(people[:LEFT_ASIDE], captions=1))
+    pictures = album(PEOPLE)
     with torch.random.fork_rng(devices=[]), quiet_libraries():
         torch.manual_seed(seed)
         model, processor = _untrained()
-        reader = processor.tokenizer
-        pixels = torch.cat(
-            [_pixels(processor, known[first : first + 100]).half() for first in range(0, len(known), 100)]
+        reader, normal = (
+            processor.tokenizer,
+            (processor.image_processor.image_mean, processor.image_processor.image_std),
         )
-        texts = [caption.text for shot in known for caption in shot.captions]
-        labels = reader(texts, padding=True, return_tensors="pt").input_ids[:, 1:]  # [CLS] comes by itself
-        labels = labels.masked_fill(labels == reader.pad_token_id, -100)
-        prompt = processor(images=[_picture(known[0])], text=[CAPTION_PROMPT], return_tensors="pt")
+
+        def encode(normalised: Tensor) -> Tensor:
+            squares = F.interpolate(normalised, (SIDE, SIDE), mode="bilinear", antialias=True)
+            return model.vision_model(pixel_values=squares).pooler_output
+
+        figures = teach_attributes(
+            encode, model.vision_model, WIDTH, pictures, normal, steps=math.ceil((steps or STEPS) * _ATTRIBUTES_SHARE)
+        )
+        pixels = torch.cat([_pixels(processor, part) for part in pictures.pixels.split(100)])
+        labels = reader(pictures.captions[: 2 * pictures.training], padding=True, return_tensors="pt").input_ids[:, 1:]
+        labels = labels.masked_fill(labels == reader.pad_token_id, -100)  # without [CLS], which comes by itself
+        prompt = processor(images=_pictures(pictures.pixels[:1]), text=[CAPTION_PROMPT], return_tensors="pt")
 
         def loss(batch: Tensor) -> Tensor:
             asked = {name: prompt[name].expand(len(batch), -1) for name in ("input_ids", "attention_mask")}
             return model(pixel_values=pixels[batch // 2].float(), **asked, labels=labels[batch]).loss
 
-        fit("captioner", [model], loss, len(texts), steps or STEPS, batch=BATCH, rate=2e-3)
+        fit("captioner", [model], loss, len(labels), steps or STEPS, batch=BATCH, rate=2e-3)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        return _measure(model, processor, unseen)
+        return {**figures, **_measure(model, processor, pictures)}
 
 
 def _untrained() -> tuple[Any, Any]:
@@ -108,29 +119,29 @@ def _untrained() -> tuple[Any, Any]:
     return model, Blip2Processor(processor, tokenizer(words), num_query_tokens=QUERIES)
 
 
-def _picture(shot: Shot) -> Image.Image:
-    return Image.fromarray(shot.drawing.picture)
+def _pictures(pixels: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
 
 
-def _pixels(processor: Any, chosen: list[Shot]) -> Tensor:
-    return processor.image_processor([_picture(shot) for shot in chosen], return_tensors="pt").pixel_values
+def _pixels(processor: Any, pixels: Tensor) -> Tensor:
+    return processor.image_processor(_pictures(pixels), return_tensors="pt").pixel_values.half()
 
 
 @torch.no_grad()
-def _measure(model: Any, processor: Any, unseen: list[Shot]) -> dict[str, float]:
+def _measure(model: Any, processor: Any, pictures: Album) -> dict[str, float]:
     named = right = 0
-    for first in range(0, len(unseen), 16):
-        part = unseen[first : first + 16]
-        inputs = processor(
-            images=[_picture(shot) for shot in part], text=[CAPTION_PROMPT] * len(part), return_tensors="pt"
-        )
+    places = range(pictures.training, len(pictures.pixels))[:MEASURED]
+    for first in range(0, len(places), 16):
+        part = places[first : first + 16]
+        shown = _pictures(pictures.pixels[part.start : part.stop])
+        inputs = processor(images=shown, text=[CAPTION_PROMPT] * len(part), return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=50, do_sample=False)
-        for shot, text in zip(part, processor.batch_decode(tokens, skip_special_tokens=True)):
+        for place, text in zip(part, processor.batch_decode(tokens, skip_special_tokens=True)):
             for group in ("upper", "lower"):
                 said = colour_said(clean(text, CAPTION_PROMPT), group)
                 named += said is not None
-                right += said == getattr(shot.person, f"{group}_colour")
-    return {"colours right": right / max(named, 1), "garments named": named / (2 * len(unseen))}
+                right += said == getattr(pictures.people[place], f"{group}_colour")
+    return {"colours right, %": 100 * right / max(named, 1), "garments named, %": 50 * named / len(places)}
 
 
 def colour_said(text: str, group: str) -> str | None:

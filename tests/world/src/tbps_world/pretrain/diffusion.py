@@ -30,6 +30,8 @@ STEPS = 900
 """Updates of the denoiser; auto-encoder and text encoder get shares of it."""
 _TEXT_SHARE, _AUTO_ENCODER_SHARE = 0.78, 0.17
 _WITHOUT_TEXT = 0.1
+SAMPLES = 64
+"""Persons that are sampled, at most, to see whether their colours are right."""
 _COLOUR_PROBES = {"upper_colour": (slice(34, 54), slice(24, 40)), "lower_colour": (slice(68, 84), slice(24, 40))}
 """Rows and columns where most pictures show a garment, by what its colour is called."""
 
@@ -245,9 +247,7 @@ def encoded(vae: Any, pixels: Tensor) -> Tensor:
     return torch.cat(parts) * vae.config.scaling_factor
 
 
-def colours_followed(
-    pipeline: Any, gallery: Gallery, unseen: Gallery, *, seed: int, most: int = 64
-) -> dict[str, float]:
+def colours_followed(pipeline: Any, gallery: Gallery, unseen: Gallery, *, seed: int) -> dict[str, float]:
     """Share of samples and of real pictures whose garments' colours are nearest to those that belong to them.
 
     A garment's colour is the mean over a patch where most pictures show it, and is compared with the mean patches of the
@@ -255,12 +255,13 @@ def colours_followed(
     """
     pipeline.set_progress_bar_config(disable=True)
     told = {name: MENTIONABLE.index(name) for name in _COLOUR_PROBES}
-    chosen = [
+    telling = [
         (place, caption)
         for place, facts in enumerate(unseen.facts)
         for caption, row in enumerate(facts)
         if all(row[code] for code in told.values())
-    ][:: max(1, sum(len(facts) for facts in unseen.facts) // (2 * most))][:most]
+    ]
+    chosen = telling[:: -(-len(telling) // SAMPLES)]
     prompts = [unseen.captions[place][caption] for place, caption in chosen]
     generator = torch.Generator().manual_seed(seed)
     made = pipeline(
@@ -330,6 +331,4 @@ def fit(
 
 def _batches(count: int, batch: int) -> Iterator[Tensor]:
     while True:
-        for part in torch.randperm(count).split(batch):
-            if len(part) == batch:
-                yield part
+        yield from torch.randperm(count).split(batch)[: max(1, count // batch)]  # whole ones, unless there is none

@@ -17,9 +17,9 @@ from tbps_common.pipeline.models import quiet_libraries
 from tbps_world.pretrain.diffusion import fit
 from tbps_world.pretrain.people import Shot, shots, start_people
 
-PEOPLE, LEFT_ASIDE = 500, 50
+PEOPLE, LEFT_ASIDE = 400, 50
 SIZE = (64, 48)
-STEPS = 400
+STEPS = 300
 _KNEES = (13, 14)
 _SPREAD = 1.0  # of a key point in the heat map, whose cells are 4 x 4 pixels
 _NEAR = 0.05  # of the picture's height: closer than this is right

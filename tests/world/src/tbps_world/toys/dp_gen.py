@@ -61,7 +61,7 @@ README_FLAGS = (
 
 # What is appended, so that tiny models learn on a CPU within minutes. The last value of a flag counts.
 LEARNING_FLAGS = (
-    *("--lr", "2e-3"),
+    *("--lr", "1e-3"),
     *("--lr_scheduler", "cosine"),
     *("--lr_warmup_steps", "20"),
     *("--train_batch_size", "16"),
@@ -73,7 +73,7 @@ LEARNING_FLAGS = (
     *("--dataloader_num_workers", "0"),
     *("--checkpointing_steps", "100"),
 )
-UPDATES, IDS = 400, 150
+UPDATES, IDS = 300, 150
 RANDOM_FLAGS = ("--lr", "4e-3", "--mask_loss_prob", "0.25")  # the background must be learnt, too
 UNET_WIDTH = 32  # the default of dp-make-tiny cannot learn to paint
 COLOURLESS = "colourless"

@@ -16,7 +16,8 @@ from typing import Any
 from tbps_common.files import write_json
 from tbps_common.pipeline.stages import manifest_path
 from tbps_common.run.arguments import HelpFormatter, number, whole_number
-from tbps_world.toys.fafa import COLUMNS, LEARNING_FLAGS, MODEL_NAME, RANDOM_FLAGS, README_FLAGS
+from tbps_world.toys.fafa import COLUMNS, LEARNING_FLAGS, MODEL_NAME, RANDOM_FLAGS, README_FLAGS, START_FLAGS
+from tbps_world.toys.steps import StepFailed, add_start, start_weights
 
 DESCRIPTION = """\
 From scratch to a trained FAFA with tiny models, on the CPU:
@@ -24,6 +25,9 @@ From scratch to a trained FAFA with tiny models, on the CPU:
   synthetic pedestrians -> a tiny Stable Diffusion and CLIP that learn from them (the former from two different persons
   side by side) -> a LoRA from pairs of one person -> quadruples of a practice chat server on this machine ->
   pictures -> filter -> SynCPR.json -> fafa-train -> fafa-infer on synthetic ITCPR
+
+FAFA begins with start weights of tbps-train-tiny (--start random: with random ones); what they find by themselves is printed
+beside what they find after the training.
 
 The pictures are of 64 x 64 pixels, by a model that was trained for minutes, and more blob than person: what the toy shows is
 that every command works and that the files fit together. Results in OUT: metrics.json, stages.json (throughput and drops),
@@ -61,6 +65,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--max-pair-similarity", type=number(-1), default=0.995, help="threshold of the filter")
     parser.add_argument("--epochs", type=whole_number(1), default=10, help="epochs of FAFA's training")
+    add_start(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     flags = parser.parse_args(argv)
     from tbps_common.pipeline.models import require_libraries
@@ -70,6 +75,11 @@ def main(argv: list[str]) -> int:
     )
     out = Path(flags.out)
     started = time.perf_counter()
+    try:
+        trained = start_weights("blip2", flags.start)
+    except StepFailed as failure:
+        return failure.status
+    flags.backbone = (trained or out / "fafa") / "tiny.yaml"
     for step in (_world, _models, _lora, _quadruples, _pictures, _fafa):
         status = step(out, flags)
         if status:
@@ -113,7 +123,7 @@ def _world(out: Path, flags: argparse.Namespace) -> int:
 def _models(out: Path, flags: argparse.Namespace) -> int:
     from tbps_world.cli import fafa_tiny_main, syncpr_tiny_main
 
-    if not (out / "fafa" / "tiny.yaml").is_file():
+    if not flags.backbone.is_file():
         status = _do("fafa-make-tiny", fafa_tiny_main, [str(out / "fafa"), "--for", "pedestrians"])
         if status:
             return status
@@ -161,15 +171,15 @@ def _pictures(out: Path, flags: argparse.Namespace) -> int:
     return status or _syncpr("pack", *data, "--both-directions", "--preview", "8")
 
 
-def train_arguments(out: Path, epochs: int, device: str) -> list[str]:
+def train_arguments(out: Path, backbone: Path, epochs: int, device: str) -> list[str]:
     """The paper's training command on the packed file, with flags for the toy's size appended."""
     return [
         *("--dataset", "cpr", "--syncpr-data-path", str(out / "syncpr"), "--itcpr-root", str(out / "world" / "ITCPR")),
         *README_FLAGS,
-        *("--backbone", str(out / "fafa" / "tiny.yaml"), "--exp-name", "syncpr", "--output-dir", str(out / "runs")),
+        *("--backbone", str(backbone), "--exp-name", "syncpr", "--output-dir", str(out / "runs")),
         *("--num-epochs", str(epochs)),
         *LEARNING_FLAGS,
-        *RANDOM_FLAGS,
+        *(RANDOM_FLAGS if backbone.is_relative_to(out) else START_FLAGS),
         *("--seed", "0"),
         *("--device", device),
     ]
@@ -182,7 +192,7 @@ def _fafa(out: Path, flags: argparse.Namespace) -> int:
     def newest() -> Path | None:
         return max((path for path in (out / "runs").glob("*_syncpr") if has_state(path)), default=None)
 
-    arguments = train_arguments(out, flags.epochs, flags.device)
+    arguments = train_arguments(out, flags.backbone, flags.epochs, flags.device)
     if newest() is not None:
         arguments += ["--resume", "auto"]
     status = _do("fafa-train", train_main, arguments)
@@ -193,17 +203,18 @@ def _fafa(out: Path, flags: argparse.Namespace) -> int:
     pace = ["--batch-size", "256", "--num-workers", "1", "--device", flags.device]
     status = _do("fafa-infer", infer_main, [*where, *pace])
     if not status:
-        _note_metrics(out, directory)
+        _note_metrics(out, directory, flags.backbone)
     return status
 
 
-def _note_metrics(out: Path, directory: Path) -> None:
+def _note_metrics(out: Path, directory: Path, backbone: Path) -> None:
     from tbps_common.datasets import ITCPR
     from tbps_common.report.evaluation import read_evaluation
-    from tbps_world.toys.fafa import chance_of_first
+    from tbps_world.toys.fafa import baselines, chance_of_first
 
-    chance = chance_of_first(ITCPR(out / "world" / "ITCPR", verbose=False))
-    write_json(out / "metrics.json", {**read_evaluation(directory / "evaluation.json"), "chance_R1": chance})
+    itcpr = ITCPR(out / "world" / "ITCPR", verbose=False)
+    more = {"chance_R1": chance_of_first(itcpr), "start_R1": baselines(backbone, itcpr)}
+    write_json(out / "metrics.json", {**read_evaluation(directory / "evaluation.json"), **more})
 
 
 def _conclude(out: Path, seconds: float) -> None:
@@ -226,7 +237,11 @@ def _conclude(out: Path, seconds: float) -> None:
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     found = metrics["metrics"]["com"]
     print("\nFAFA trained on the result: " + "  ".join(f"{name} {found[name]:.2f}" for name in COLUMNS))
-    print(f"R@1 by chance: {metrics['chance_R1']:.2f}")
+    start = metrics["start_R1"]
+    print(
+        f"R@1 before: {start['untrained']:.2f} (picture alone {start['picture']:.2f}, sentence alone {start['sentence']:.2f}, "
+        f"sum of both {start['sum']:.2f}); by chance: {metrics['chance_R1']:.2f}"
+    )
     print(
         f"\n{seconds / 60:.1f} minutes. See {out / 'syncpr' / 'preview.png'} and at the pictures in {out / 'syncpr'}."
     )

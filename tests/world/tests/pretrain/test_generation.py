@@ -18,8 +18,10 @@ def few_people(count: int) -> list[Person]:
 
 def trained(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     module: Any = import_module(f"tbps_world.pretrain.{name}")
-    monkeypatch.setattr(module, "start_people", few_people)
-    monkeypatch.setattr(module, "LEFT_ASIDE", 4)
+    monkeypatch.setattr("tbps_world.pretrain.attributes.start_people", few_people)
+    monkeypatch.setattr(module, "start_people", few_people, raising=False)
+    monkeypatch.setattr(module, "LEFT_ASIDE", 4, raising=False)
+    monkeypatch.setattr(module, "PEOPLE", 6)
     figures = module.train(folder, seed=0, steps=2)
     assert figures and all(value == value for value in figures.values()), figures
     return figures
@@ -31,6 +33,7 @@ def test_diffusion_and_its_image_encoder_fit_dp(tmp_path: Path, monkeypatch: pyt
     from dp_gen.model.parts import load_generation_scheduler, load_training_scheduler
     from dp_gen.options import parse_args
 
+    monkeypatch.setattr("tbps_world.pretrain.diffusion.SAMPLES", 2)
     figures = trained("diffusion", tmp_path / "diffusion", monkeypatch)
     assert 0 <= figures["upper_colour_sampled"] <= 1
     trained("image_encoder", tmp_path / "image_encoder", monkeypatch)
