@@ -79,7 +79,7 @@ def test_every_flag_is_passed_on() -> None:
         *("--lr", "2e-5", "--seed", "9", "--evaluate", "--region", "0.5", "--score_world", "2", "--device", "cpu"),
         *("--resume", "--save_every", "11", "--num_workers", "2", "--select", "val", "--amp_eval", "--report"),
         *("--region_feat", "paper", "--gradient_checkpointing", "--log_every", "5", "--trust_checkpoint"),
-        *("--bad_images", "skip", "--require_published", "0.2", "--grad_scaler"),
+        *("--bad_images", "skip", "--require_published", "0.2", "--grad_scaler", "--tf32"),
     ]
     words[words.index("--checkpoint") : words.index("--checkpoint") + 2] = ["--checkpoint=-odd name.pth"]
     given = build_run_parser().parse_args(words)

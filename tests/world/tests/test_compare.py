@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tbps_common.cli import compare_main, index_main
-from tbps_world.cli import compare_toy_main
 from tbps_world.tiny.clip import write_tiny_clip
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200)}
@@ -132,32 +131,3 @@ def test_models_must_hold_the_same_pictures(shop: Path, tmp_path: Path, capsys: 
         assert index_main([*flags, "--metadata", str(shop / "who.csv")]) == 0
     assert compare(shop, "--gallery", gallery, "--out", str(tmp_path / "out")) == 2
     assert "holds other pictures of clip:" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_compare_toy_asks_all_models_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "comparison.md"
-    page.write_text("# Mine\n\nWords.\n", encoding="utf-8")
-    flags = ["--out", str(tmp_path / "toy"), "--quick", "--page", str(page)]
-    assert compare_toy_main(flags) == 0
-    text = page.read_text(encoding="utf-8")
-    for row in (
-        "CMLFA",
-        "CLIP",
-        "MRA",
-        "MRA, re-ranked 10",
-        "FAFA",
-        "CLIP, sum of both",
-        "DiaNA",
-        "MRA, joined dialogue",
-    ):
-        assert f"\n| {row} | " in text
-    assert text.startswith("# Mine\n\nWords.\n") and str(tmp_path) not in text
-    figures = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert list(figures["dialogue"]["tasks"])[-1] == "dialogue, 5 rounds"
-    assert str(tmp_path) not in json.dumps(figures)
-    capfd.readouterr()
-    assert compare_toy_main(flags) == 0
-    again = capfd.readouterr().out
-    assert "$ cmlfa-toy" not in again and "$ tbps-compare" not in again
-    assert page.read_text(encoding="utf-8") == text

@@ -1,17 +1,15 @@
 """diana-toy and diana-make-tiny."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from diana.data import PROMPT_POOL, SYSTEM_PROMPT
 from diana.options import parse_train_flags
 from diana.tokenizer import load_tokenizer
-from tbps_world.cli import diana_tiny_main, diana_toy_main
+from tbps_world.cli import diana_tiny_main
 from tbps_world.toys.diana import TAUGHT, chance_r1, environment, stage_flags
 
 
@@ -84,36 +82,3 @@ def test_chance_is_the_share_of_right_pictures(tmp_path: Path) -> None:
     records = [{"id": 1, "chats": [turn]}, {"id": 1, "chats": [[turn], [turn]]}, {"id": 2, "chats": [turn]}]
     (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
     assert chance_r1(tmp_path / "a.json") == pytest.approx(100 * (3 * 2 / 3 + 1 / 3) / 4)
-
-
-@pytest.mark.slow
-def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "toy"
-    flags = [
-        "--out",
-        str(out),
-        "--preset",
-        "tiny",
-        "--start",
-        "random",
-        "--pretrain_steps",
-        "2",
-        "--finetune_steps",
-        "2",
-    ]
-    assert diana_toy_main(flags) == 0
-    shown = capfd.readouterr().out
-    assert re.findall(r"shell/(\w+)\.sh", shown) == ["pretrain", "finetune", "eval"]
-    results = json.loads((out / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
-    assert [entry["turn_limit"] for entry in results] == [1, 2, 3, 4, 5]
-    assert "R@1 by rounds of the dialogue" in shown
-    assert f"{results[0]['metrics']['all']['r1']:.2f}" in shown
-    for name in ("turns.png", "ranked_list.png"):
-        with Image.open(out / "evaluation" / name) as picture:
-            assert min(picture.size) > 200
-    assert diana_toy_main(flags) == 0
-    assert re.findall(r"shell/(\w+)\.sh", capfd.readouterr().out) == ["eval"]
-    assert diana_toy_main([*flags, "--pretrain_steps", "3"]) == 2
-    assert "other settings" in capfd.readouterr().err

@@ -1,6 +1,5 @@
-"""fafa-toy and its maker: the commands are the README's, and together they end in numbers and pictures."""
+"""fafa-toy and its maker: the commands are the README's (the toys run whole in tests/world)."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +10,6 @@ from PIL import Image
 
 from fafa.options import check_training_flags, get_args
 from tbps_common.datasets import ITCPR, load_syncpr
-from tbps_world.cli import fafa_toy_main
 from tbps_world.tiny.fafa import main as make_toy
 from tbps_world.toys.fafa import RANDOM_MODEL, chance_of_first, train_arguments
 
@@ -76,26 +74,3 @@ def test_a_model_for_pedestrians_knows_their_words(tmp_path: Path) -> None:
     assert not settings.freeze_vit  # it starts from random weights
     tokenizer = build_tokenizer(settings.tokenizer)
     assert tokenizer.unk_token_id not in tokenizer(" ".join(lexicon()))["input_ids"]
-
-
-@pytest.mark.slow
-def test_toy_goes_from_nothing_to_results_and_goes_on_when_repeated(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--out", str(tmp_path / "toy"), "--ids", "48", "--epochs", "1", "--start", "random"]
-    assert fafa_toy_main(flags) == 0
-    shown = capfd.readouterr().out
-    commands = [line.split()[1:3] for line in shown.splitlines() if line.startswith("$ ")]
-    assert [words[0] for words in commands] == ["tbps-synth", "fafa-make-tiny", "python", "python"]
-    assert commands[2][1] == "src/blip_fine_tune_new.py"
-    assert commands[3][1] == "inference_fafa.py"
-    evaluation = json.loads((tmp_path / "toy" / "metrics.json").read_text(encoding="utf-8"))
-    assert f"R1 {evaluation['metrics']['com']['R1']:.2f}" in shown
-    assert f"R@1 by chance: {evaluation['chance_R1']:.2f}" in shown
-    assert f"picture alone {evaluation['start_R1']['picture']:.2f}" in shown
-    for name in ("cmc.png", "ranked_list.png"):
-        with Image.open(tmp_path / "toy" / name) as picture:
-            assert min(picture.size) > 200
-    assert fafa_toy_main(flags) == 0
-    assert "all 1 epochs are done already" in capfd.readouterr().out
-    assert len(list((tmp_path / "toy" / "runs").iterdir())) == 1

@@ -25,7 +25,8 @@ def test_cmlfa_and_tbps_index_read_clip(start: Path) -> None:
     flags = {"pretrain_choice": file, "img_size": (SIDE, SIDE), "stride_size": 16, "text_length": 40}
     model = build_model({**flags, "loss_names": "sdm+itc", "device": "cpu"})
     assert torch.equal(
-        model.state_dict()["base_model.visual.class_embedding"], torch.load(file)["visual.class_embedding"]
+        model.state_dict()["base_model.visual.class_embedding"],
+        torch.load(file, weights_only=True)["visual.class_embedding"],
     )
     retriever = open_clip_model(file, device="cpu")
     pixels = retriever.transform(Image.new("RGB", (64, 128), (200, 30, 30)))
@@ -35,12 +36,12 @@ def test_cmlfa_and_tbps_index_read_clip(start: Path) -> None:
 
 def test_fafa_reads_blip2_and_freezes_the_tower_of_clip(start: Path) -> None:
     model, _, _ = load_model_and_preprocess("blip2_fafa_cpr", start / "blip2/tiny.yaml")
-    tower = torch.load(start / "clip/clip.pt")
+    tower = torch.load(start / "clip/clip.pt", weights_only=True)
     assert torch.equal(
         model.state_dict()["visual_encoder.trunk.embeddings.class_embedding"], tower["visual.class_embedding"]
     )
     assert not any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
-    written = torch.load(start / "blip2/blip2.pt")["model"]
+    written = torch.load(start / "blip2/blip2.pt", weights_only=True)["model"]
     assert torch.equal(model.query_tokens, written["query_tokens"])
 
 
