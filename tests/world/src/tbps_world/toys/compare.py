@@ -21,7 +21,8 @@ from tbps_world.toys.steps import StepFailed, call
 DESCRIPTION = """\
 Train the models of cmlfa-toy, mra-toy, fafa-toy and diana-toy (or take those that are there), draw another world, index
 pictures of its test people with all models, and ask them for these people: in words, with a picture and words, and in
-dialogues. Writes a page of tables and the figures as JSON beside it. Needs no download and no GPU; about an hour.
+dialogues. Writes a page of tables and the figures as JSON beside it. Needs no download and no GPU. Two
+minutes with trained toys, otherwise the time of their trainings.
 (The fifth paper, DP, makes training data and searches for nobody.)
 """
 MARK = "<!-- Everything below was written by compare-toy. -->"
